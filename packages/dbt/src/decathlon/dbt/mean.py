@@ -1,0 +1,358 @@
+"""The pre-trained estimate f of E[y_0 | x], cross-fitted so that its training residuals are honest.
+
+Trees fit their training rows too well: with in-sample residuals the model is over-confident. So the chain is
+trained on out-of-fold estimates, and the mean of the fold models predicts (beyond the paper, arXiv 2406.01813,
+which keeps a hold-out part for early stopping; that is `n_folds=None`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import lightgbm as lgb
+import numpy as np
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+from sklearn.base import clone
+from sklearn.utils.validation import has_fit_parameter
+
+from decathlon.dbt.backends import import_xgboost, quiet_lightgbm
+
+Array = NDArray[np.float64]
+
+_HOLDOUT = 0.2  # share of the rows that stops a model early when there are no folds
+_MAX_ROUNDS = 3000
+_PATIENCE = 50  # rounds without improvement
+# Leaves that hold a constant, or a linear function of the covariates on the way to them: on smooth responses the
+# second leaves a fraction of the error (naval: a quarter), on rough ones it is as good or a little worse.
+_KINDS: tuple[dict[str, Any], ...] = ({}, {"linear_tree": True, "linear_lambda": 10.0})
+
+
+class MeanModel(Protocol):
+    """One fitted estimate of the prior mean."""
+
+    def predict(self, x: Array) -> Array:
+        """Prior mean (n, d) for covariates (n, p)."""
+        ...
+
+
+@dataclass(frozen=True)
+class BoosterMean:
+    """Gradient-boosted trees: one booster an output, or one for all classes.
+
+    Attributes:
+        boosters: LightGBM or XGBoost boosters.
+        n_rounds: Rounds used of each.
+        backend: "lightgbm" or "xgboost".
+        categorical: Positions of the categorical columns (XGBoost has to be told again).
+        low: (d,) least value of the training response: linear leaves must not run away from the data.
+        high: (d,) largest value.
+    """
+
+    boosters: tuple[Any, ...]
+    n_rounds: int
+    backend: str
+    categorical: tuple[int, ...]
+    low: Array
+    high: Array
+
+    def predict(self, x: Array) -> Array:
+        """Prior mean (n, d)."""
+        if self.backend == "lightgbm":
+            parts = [
+                booster.predict(x, num_iteration=self.n_rounds, num_threads=1) for booster in self.boosters
+            ]
+        else:
+            data = _xgboost_matrix(x, self.categorical)
+            parts = [booster.predict(data, iteration_range=(0, self.n_rounds)) for booster in self.boosters]
+        return np.clip(np.column_stack(parts).astype(np.float64), self.low, self.high)
+
+
+@dataclass(frozen=True)
+class EstimatorMean:
+    """A scikit-learn estimator; for a classifier, probabilities in the order of all classes."""
+
+    estimator: Any
+    n_classes: int | None
+
+    def predict(self, x: Array) -> Array:
+        """Prior mean (n, d)."""
+        if self.n_classes is None:
+            return np.asarray(self.estimator.predict(x), np.float64).reshape(len(x), -1)
+        proba = np.zeros((len(x), self.n_classes))
+        proba[:, self.estimator.classes_] = self.estimator.predict_proba(x)
+        return proba[:, 1:] if self.n_classes == 2 else proba
+
+
+@dataclass(frozen=True)
+class ZeroMean:
+    """f = 0: the chain has to learn the mean by itself."""
+
+    n_outputs: int
+
+    def predict(self, x: Array) -> Array:
+        """Zeros (n, d)."""
+        return np.zeros((len(x), self.n_outputs))
+
+
+def mean_prediction(models: Sequence[MeanModel], x: Array) -> Array:
+    """Mean over the fold models of the prior mean, (n, d) float64."""
+    total = models[0].predict(x)
+    for model in models[1:]:
+        total = total + model.predict(x)
+    return total / len(models)
+
+
+def fit_mean(
+    x: Array,
+    y: Array,
+    *,
+    estimator: Any,
+    n_folds: int | None,
+    backend: str,
+    categorical: Sequence[int],
+    weight: Array | None,
+    n_classes: int | None,
+    seed: int,
+    n_jobs: int | None,
+) -> tuple[list[MeanModel], Array]:
+    """Fit the estimate of the mean and give it for the training rows.
+
+    Args:
+        x: (n, p) float64.
+        y: (n, d) standardized response, or (n,) integer codes of the classes.
+        estimator: None (boosted trees of the backend), "zero", or a scikit-learn regressor or classifier.
+        n_folds: Folds of the cross-fit (at most n // 2 are used), or None for one model: 80 % of the rows train
+            it and 20 % stop it early; another estimator than None trains on all rows.
+        backend: "lightgbm" or "xgboost", for `estimator=None`.
+        categorical: Positions of categorical columns.
+        weight: (n,) positive or None.
+        n_classes: Number of classes, or None for regression.
+        seed: Of the folds and the models.
+        n_jobs: Processes over the folds.
+
+    Returns:
+        The fold models, and f (n, d) of the training rows: out of fold with folds, in sample without. d is
+        n_classes, or 1 for two classes (the probability of the second).
+
+    Raises:
+        ValueError: If `n_folds` is below 2, or the estimator is neither of the above.
+    """
+    n = len(x)
+    d = _n_outputs(y, n_classes)
+    if isinstance(estimator, str):
+        if estimator != "zero":
+            raise ValueError(f"mean_estimator must be None, 'zero' or an estimator, got {estimator!r}")
+        return [ZeroMean(d)], np.zeros((n, d))
+    if n_folds is not None and n_folds < 2:
+        raise ValueError(f"mean_cv must be None or at least 2, got {n_folds}")
+    wanted = "predict" if n_classes is None else "predict_proba"
+    if estimator is not None and not (hasattr(estimator, "fit") and hasattr(estimator, wanted)):
+        raise ValueError(f"mean_estimator must have fit and {wanted}, got {estimator!r}")
+    # with two or three rows there are no two folds to be had
+    n_folds = None if n_folds is None or n < 4 else min(n_folds, n // 2)
+    fold = _folds(y, n_folds, n_classes, np.random.default_rng(seed))
+    parts = [(fold != k, fold == k) for k in range(n_folds)] if n_folds else [(fold != 0, fold == 0)]
+
+    if estimator is not None:
+        if n_folds is None:
+            parts = [(np.ones(n, bool), np.ones(n, bool))]
+        models: list[MeanModel] = Parallel(n_jobs=n_jobs)(
+            delayed(_fit_estimator)(estimator, x, y, train, weight, n_classes) for train, _ in parts
+        )
+    else:
+        data = (x, y, weight, tuple(categorical), n_classes, seed)
+        kinds = _KINDS if backend == "lightgbm" and n_classes is None else _KINDS[:1]
+        fit = delayed(_fit_lightgbm if backend == "lightgbm" else _fit_xgboost)
+        # the first part decides between the kinds of leaves
+        race = Parallel(n_jobs=n_jobs)(fit(*data, *parts[0], kind) for kind in kinds)
+        best = int(np.argmin([curve.min() for _, curve in race]))
+        rest = Parallel(n_jobs=n_jobs)(fit(*data, *part, kinds[best]) for part in parts[1:])
+        fitted = [race[best], *rest]
+        # one number of rounds for all folds: chosen on every row, it owes nothing to a fold of its own
+        sizes = [_total(weight, held_out) for _, held_out in parts]
+        n_rounds = _best_round([curve for _, curve in fitted], sizes)
+        bounds = (y.min(axis=0), y.max(axis=0)) if n_classes is None else (np.zeros(d), np.ones(d))
+        models = [BoosterMean(boosters, n_rounds, backend, tuple(categorical), *bounds) for boosters, _ in fitted]
+
+    if n_folds is None:
+        return models, models[0].predict(x)
+    prior_mean = np.empty((n, d))
+    for model, (_, held_out) in zip(models, parts, strict=True):
+        prior_mean[held_out] = model.predict(x[held_out])
+    return models, prior_mean
+
+
+def _n_outputs(y: Array, n_classes: int | None) -> int:
+    if n_classes is None:
+        return y.shape[1]
+    return 1 if n_classes == 2 else n_classes
+
+
+def _folds(y: Array, n_folds: int | None, n_classes: int | None, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Fold number of every row; classes are spread evenly. Without folds, 0 marks the hold-out part."""
+    order = rng.permutation(len(y))
+    if n_classes is not None:
+        order = order[np.argsort(y[order], kind="stable")]
+    fold = np.empty(len(y), np.int64)
+    fold[order] = np.arange(len(y)) % (n_folds or round(1 / _HOLDOUT))
+    return fold
+
+
+def _total(weight: Array | None, rows: NDArray[np.bool_]) -> float:
+    return float(rows.sum()) if weight is None else float(weight[rows].sum())
+
+
+def _best_round(curves: Sequence[Array], sizes: Sequence[float]) -> int:
+    """The number of rounds with the least loss over all folds; a curve that ended early stays at its end."""
+    longest = max(map(len, curves))
+    padded = np.stack([np.pad(curve, (0, longest - len(curve)), mode="edge") for curve in curves])
+    return int(np.argmin(np.average(padded, axis=0, weights=sizes))) + 1
+
+
+def _capacity(n: int) -> dict[str, int]:
+    """Leaves and rows a leaf of the boosted trees for n training rows."""
+    if n < 2_000:
+        return {"num_leaves": 15, "min_data_in_leaf": 5}
+    if n < 20_000:
+        return {"num_leaves": 31, "min_data_in_leaf": 10}
+    return {"num_leaves": 63, "min_data_in_leaf": 20}
+
+
+def _fit_lightgbm(
+    x: Array,
+    y: Array,
+    weight: Array | None,
+    categorical: tuple[int, ...],
+    n_classes: int | None,
+    seed: int,
+    train: NDArray[np.bool_],
+    held_out: NDArray[np.bool_],
+    kind: Mapping[str, Any],
+) -> tuple[tuple[lgb.Booster, ...], Array]:
+    """Boosters trained on `train`, and their summed loss on `held_out` after every round."""
+    quiet_lightgbm()
+    params: dict[str, Any] = {
+        **_capacity(len(y)),
+        "objective": "regression",
+        "learning_rate": 0.1,
+        "bagging_fraction": 0.8,
+        "bagging_freq": 1,
+        "num_threads": 1,
+        "deterministic": True,
+        "force_col_wise": True,
+        "seed": seed % 2**31,
+        "verbose": -1,
+        **kind,
+    }
+    if n_classes is not None:
+        params["objective"] = "binary" if n_classes == 2 else "multiclass"
+        if n_classes > 2:
+            params["num_class"] = n_classes
+    targets = [y] if n_classes is not None else list(y.T)
+    data = lgb.Dataset(
+        x[train],
+        params=params,
+        weight=None if weight is None else weight[train],
+        categorical_feature=list(categorical),
+        free_raw_data=False,
+    )
+    boosters, curves = [], []
+    for target in targets:
+        data.construct().set_label(target[train])
+        check = lgb.Dataset(
+            x[held_out],
+            target[held_out],
+            weight=None if weight is None else weight[held_out],
+            reference=data,
+        )
+        history: dict[str, dict[str, list[float]]] = {}
+        booster = lgb.train(
+            params,
+            data,
+            _MAX_ROUNDS,
+            valid_sets=[check],
+            callbacks=[lgb.early_stopping(_PATIENCE, verbose=False), lgb.record_evaluation(history)],
+        )
+        boosters.append(booster)
+        curves.append(np.array(next(iter(history["valid_0"].values()))))
+    longest = max(map(len, curves))
+    return tuple(boosters), np.sum([np.pad(c, (0, longest - len(c)), mode="edge") for c in curves], axis=0)
+
+
+def _xgboost_matrix(x: Array, categorical: Sequence[int], label: Array | None = None, weight: Any = None) -> Any:
+    types = ["c" if column in set(categorical) else "float" for column in range(x.shape[1])]
+    return import_xgboost().DMatrix(
+        x, label, weight=weight, feature_types=types, enable_categorical=True, nthread=1
+    )
+
+
+def _fit_xgboost(
+    x: Array,
+    y: Array,
+    weight: Array | None,
+    categorical: tuple[int, ...],
+    n_classes: int | None,
+    seed: int,
+    train: NDArray[np.bool_],
+    held_out: NDArray[np.bool_],
+    kind: Mapping[str, Any],
+) -> tuple[tuple[Any, ...], Array]:
+    """As `_fit_lightgbm`, with XGBoost."""
+    capacity = _capacity(len(y))
+    params: dict[str, Any] = {
+        "objective": "reg:squarederror",
+        "eta": 0.1,
+        "subsample": 0.8,
+        "tree_method": "hist",
+        "grow_policy": "lossguide",
+        "max_leaves": capacity["num_leaves"],
+        "max_depth": 0,
+        "min_child_weight": capacity["min_data_in_leaf"],
+        "lambda": 0.0,
+        "nthread": 1,
+        "seed": seed % 2**31,
+        "verbosity": 0,
+        **kind,
+    }
+    if n_classes is not None:
+        params |= {"objective": "binary:logistic" if n_classes == 2 else "multi:softprob", "min_child_weight": 1.0}
+        if n_classes > 2:
+            params["num_class"] = n_classes
+    targets = [y] if n_classes is not None else list(y.T)
+    boosters, curves = [], []
+    for target in targets:
+        data, check = (
+            _xgboost_matrix(x[rows], categorical, target[rows], None if weight is None else weight[rows])
+            for rows in (train, held_out)
+        )
+        history: dict[str, dict[str, list[float]]] = {}
+        booster = import_xgboost().train(
+            params,
+            data,
+            _MAX_ROUNDS,
+            evals=[(check, "check")],
+            early_stopping_rounds=_PATIENCE,
+            evals_result=history,
+            verbose_eval=False,
+        )
+        boosters.append(booster)
+        curves.append(np.array(next(iter(history["check"].values()))))
+    longest = max(map(len, curves))
+    return tuple(boosters), np.sum([np.pad(c, (0, longest - len(c)), mode="edge") for c in curves], axis=0)
+
+
+def _fit_estimator(
+    estimator: Any, x: Array, y: Array, train: NDArray[np.bool_], weight: Array | None, n_classes: int | None
+) -> EstimatorMean:
+    fitted = clone(estimator)
+    target = y[train] if n_classes is not None or y.shape[1] > 1 else y[train, 0]
+    if weight is None:
+        fitted.fit(x[train], target)
+    elif has_fit_parameter(fitted, "sample_weight"):
+        fitted.fit(x[train], target, sample_weight=weight[train])
+    else:
+        raise ValueError(f"mean_estimator {type(fitted).__name__} does not take sample_weight")
+    return EstimatorMean(fitted, n_classes)

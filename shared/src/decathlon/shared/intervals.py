@@ -1,0 +1,67 @@
+"""Bootstrap intervals of means over seeds or splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+
+class Interval(NamedTuple):
+    """A mean and the ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(
+    values: Sequence[float] | NDArray[np.float64], confidence: float = 0.95, rng: int = 0
+) -> Interval:
+    """Mean with a percentile bootstrap interval.
+
+    Args:
+        values: (n,) at least one; one value alone is its own interval.
+        confidence: Of the interval, in (0, 1).
+        rng: Seed of the resampling.
+
+    Raises:
+        ValueError: For no values, NaN or infinity.
+    """
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"values must be a non-empty sequence of numbers, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"values must be finite, got {array.tolist()}")
+    mean = float(array.mean())
+    if np.ptp(array) == 0:
+        return Interval(mean, mean, mean)
+    result = bootstrap(
+        (array,),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=9999,
+        method="percentile",
+        rng=np.random.default_rng(rng),
+    )
+    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+def paired_difference(
+    a: Sequence[float] | NDArray[np.float64],
+    b: Sequence[float] | NDArray[np.float64],
+    confidence: float = 0.95,
+    rng: int = 0,
+) -> Interval:
+    """Mean of a - b over pairs (the same seed or split), with its bootstrap interval.
+
+    Raises:
+        ValueError: If a and b differ in length, or as `bootstrap_mean`.
+    """
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"a and b must be paired, got shapes {first.shape} and {second.shape}")
+    return bootstrap_mean(first - second, confidence, rng)
