@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from decathlon.shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,12 +70,14 @@ def read_package(folder: Path) -> Package:
         raise UserError(f"{project_file} is not valid TOML: {error}") from None
     paper_file = folder / "paper_numbers.yaml"
     paper = _read_mapping(paper_file) if paper_file.exists() else {}
+    title = _get(paper, "title", str, paper_file) or folder.name
+    problem = _get(project, "description", str, project_file, required=True).removeprefix(f"{title}: ")
     return Package(
         name=folder.name,
         folder=folder,
         version=_get(project, "version", str, project_file, required=True),
-        title=_get(paper, "title", str, paper_file) or folder.name,
-        problem=_get(project, "description", str, project_file, required=True),
+        title=title,
+        problem=problem[:1].upper() + problem[1:],
         authors=tuple(str(author) for author in _get(paper, "authors", list, paper_file) or ()),
         year=_get(paper, "year", int, paper_file),
         # Unquoted, YAML reads 2406.01810 as a number and drops the last digit; hence a string or nothing.

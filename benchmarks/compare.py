@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from decathlon.shared.errors import UserError
-from decathlon.shared.files import atomic_path
-from decathlon.shared.records import Claim, Record, read_claims, read_records
 from tabulate import tabulate
 
 from benchmarks.catalogue import ROOT
 from benchmarks.console import make_parser, run_main
+from decathlon.shared.errors import UserError
+from decathlon.shared.files import atomic_path
+from decathlon.shared.records import Claim, Record, read_claims, read_records
 
 # Of |value|, on both sides of the interval: other versions of libraries round and break ties differently.
 RELATIVE_TOLERANCE = 0.02

@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import report
+from benchmarks.catalogue import ROOT, Package, find_packages, quick_run
+from benchmarks.console import make_parser, run_main
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
 from decathlon.shared.progress import progress
 from decathlon.shared.records import claims_table, read_claims
-
-from benchmarks import report
-from benchmarks.catalogue import ROOT, Package, find_packages, quick_run
-from benchmarks.console import make_parser, run_main
 
 FINGERPRINT = "fingerprint.json"
 EXPECTED_SECONDS = 180.0  # what a quick reproduction is meant to take; used until a run has been timed
@@ -115,9 +114,7 @@ def reproduce(package: Package, root: Path, runs: Path, on_progress: Callable[[f
         problem = "it ended well but left no records.jsonl"
     else:
         with atomic_path(run / FINGERPRINT) as path:
-            path.write_text(
-                json.dumps({"fingerprint": current, "seconds": round(seconds, 1)}, indent=2) + "\n"
-            )
+            path.write_text(json.dumps({"fingerprint": current, "seconds": round(seconds, 1)}, indent=2) + "\n")
     return Outcome(package, seconds, child.returncode, problem)
 
 
@@ -144,6 +141,7 @@ def run_all(packages: Sequence[Package], root: Path, runs: Path, force: bool) ->
         return outcomes
     # The bar counts expected seconds rather than packages: the time left is right from the first minute on.
     with progress(total=round(sum(seconds for _, seconds in todo)), desc="quality", unit="s") as bar:
+        bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # a rate would say nothing
         before = 0.0
         for number, (package, expected) in enumerate(todo, start=1):
             bar.set_description(f"{package.name} ({number}/{len(todo)})")
@@ -205,9 +203,7 @@ def _clear(run: Path) -> None:
     if not run.exists():
         return
     if not run.is_dir() or (any(run.iterdir()) and not (run / "config.yaml").is_file()):
-        raise UserError(
-            f"{run} is in the way and is no run directory (it has no config.yaml); move it elsewhere"
-        )
+        raise UserError(f"{run} is in the way and is no run directory (it has no config.yaml); move it elsewhere")
     shutil.rmtree(run)
 
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from decathlon.shared.errors import UserError
-from decathlon.shared.files import atomic_path
-from decathlon.shared.records import Claim, Record, read_claims, read_records
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.catalogue import ROOT, Package, find_packages, quick_run, speed_run
 from benchmarks.console import make_parser, run_main
+from decathlon.shared.errors import UserError
+from decathlon.shared.files import atomic_path
+from decathlon.shared.records import Claim, Record, read_claims, read_records
 
 TEMPLATES = Path(__file__).parent / "templates"
 VERDICTS = ("shown", "not shown", "not measured")

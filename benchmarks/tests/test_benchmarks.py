@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from decathlon.shared.errors import UserError
-from decathlon.shared.records import Claim, Record, read_records, write_jsonl
 
 from benchmarks import catalogue, compare, quality, report
 from benchmarks.console import run_main
+from decathlon.shared.errors import UserError
+from decathlon.shared.records import Claim, Record, read_records, write_jsonl
 
 # A reproduction that does what its recipe says: it counts its runs, sleeps, fails or measures `value`.
 TOY_CLI = """
@@ -109,8 +109,7 @@ def add_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         (folder / "recipes").mkdir()
         (folder / "recipes" / "quick.yaml").write_text(json.dumps({"value": 1.0, **recipe}))
         (folder / "pyproject.toml").write_text(
-            f'[project]\nname = "decathlon-{name}"\nversion = "0.1.0"\n'
-            f'description = "Solves <{name}> & more"\n'
+            f'[project]\nname = "decathlon-{name}"\nversion = "1.0"\ndescription = "Solves <{name}> & more"\n'
         )
         if paper:
             (folder / "paper_numbers.yaml").write_text(paper)
@@ -169,15 +168,11 @@ def test_identical_records_pass(check, capsys) -> None:
         (8.81, False, None),
     ],
 )
-def test_a_figure_out_of_its_interval_fails_in_both_directions(
-    check, capsys, value, higher_is_better, verdict
-) -> None:
+def test_a_figure_out_of_its_interval_fails_in_both_directions(check, capsys, value, higher_is_better, verdict) -> None:
     code = check([a_record(higher_is_better=higher_is_better)], [a_record(value=value)])
     out = capsys.readouterr().out
     assert code == (0 if verdict is None else 1)
-    assert verdict is None or all(
-        text in out for text in ("toy", "quick/diabetes", "ours", "[8.8, 11.2]", verdict)
-    )
+    assert verdict is None or all(text in out for text in ("toy", "quick/diabetes", "ours", "[8.8, 11.2]", verdict))
 
 
 def test_not_a_number_is_out_of_any_interval() -> None:
@@ -225,12 +220,7 @@ def test_a_package_with_a_baseline_and_without_a_run_fails(check, tmp_path) -> N
 
 def test_markdown_is_a_table_that_its_contents_cannot_break(check, tmp_path) -> None:
     record = a_record(method="a|b <script>")
-    assert (
-        check(
-            [record], [dataclasses.replace(record, value=20.0)], ([], []), "--markdown", f"{tmp_path}/out.md"
-        )
-        == 1
-    )
+    assert check([record], [dataclasses.replace(record, value=20.0)], ([], []), "--markdown", f"{tmp_path}/out.md") == 1
     text = (tmp_path / "out.md").read_text()
     assert text.startswith("### Benchmarks: figures differ")
     row = next(line for line in text.splitlines() if line.startswith("| toy"))
@@ -245,9 +235,7 @@ def test_update_states_the_tolerance_and_replaces_the_file_in_one_step(tmp_path,
     content = json.loads(before)
     assert content["relative_tolerance"] == 0.02
     assert [figure["metric"] for figure in content["figures"]] == ["crps"]
-    assert content["figures"][0]["low"] == pytest.approx(8.8) and content["figures"][0][
-        "high"
-    ] == pytest.approx(11.2)
+    assert content["figures"][0]["low"] == pytest.approx(8.8) and content["figures"][0]["high"] == pytest.approx(11.2)
     assert content["claims"] == [{"experiment": "quick/diabetes", "claim": "ours is best", "shown": True}]
 
     store(tmp_path / "runs", [a_record(value=50.0)], [a_claim()])
@@ -346,12 +334,7 @@ def test_the_page_holds_everything_escaped_and_by_itself(tmp_path, add_package) 
     outline = Outline(page)
     assert not outline.open
     assert outline.all("html") == [{"lang": "en"}]
-    assert (
-        not outline.all("script")
-        and not outline.all("link")
-        and not outline.all("b")
-        and not outline.all("i")
-    )
+    assert not outline.all("script") and not outline.all("link") and not outline.all("b") and not outline.all("i")
     for text in (
         "<script>alert(1)</script>",
         "a <b>",
@@ -496,9 +479,7 @@ def test_an_interrupt_ends_the_reproduction_and_its_children(tmp_path, add_packa
         "from benchmarks.quality import main;"
         f"sys.exit(run_main(lambda: main([], Path({str(tmp_path)!r}))))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=catalogue.ROOT, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=catalogue.ROOT, stderr=subprocess.PIPE, text=True)
     pids = tmp_path / "counter.pids"
     deadline = time.monotonic() + 60
     while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
 from decathlon.dbt import DBTClassifier, DBTRegressor
 from decathlon.dbt.cli import main
 
@@ -101,7 +102,11 @@ def test_codes_of_numbers_stay_categories_in_new_tables(tables):
     assert sorted(json.loads(Path("model/table.json").read_text())["categorical"]) == ["code", "region"]
     model = DBTRegressor.load("model")
     assert main(["sample", "--model", "model", "--data", "new.csv", "--output", "s.npz"]) == 0
-    new = tables[120:][["size", "region", "code"]].astype({"code": str}).astype({"region": "category", "code": "category"})
+    new = (
+        tables[120:][["size", "region", "code"]]
+        .astype({"code": str})
+        .astype({"region": "category", "code": "category"})
+    )
     np.testing.assert_array_equal(np.load("s.npz")["samples"], model.sample(new))
 
 
@@ -210,7 +215,7 @@ def test_mistakes_in_fit(tables, capsys, options, message):
     [
         ("price", [np.inf] * 4, "Input y contains infinity"),
         ("size", [np.inf] * 4, "Input X contains infinity"),
-        ("price", [1.0], "n_samples = 1"),
+        ("price", [1.0], "1 sample"),
     ],
 )
 def test_mistakes_in_the_training_table(tables, capsys, column, values, message):
@@ -259,7 +264,7 @@ def test_mistakes_in_sample_and_evaluate(tables, capsys):
     assert "needs a threshold or a max_rate" in fails(capsys, *classes, "--rule", "entropy")
     assert "alpha must lie inside (0, 1)" in fails(capsys, *classes, "--alpha", 1)
     assert "max_rate must lie within [0, 1]" in fails(capsys, *classes, "--max_rate", 2)
-    assert "S >= 2" in fails(capsys, *classes, "--n_samples", 1) or "samples" in capsys.readouterr().err
+    assert "at least 2 samples" in fails(capsys, *classes, "--n_samples", 1)
     tables.drop(columns="region").to_csv("short.csv", index=False)
     assert "short.csv: no column 'region'" in fails(capsys, "sample", "--model", "model", "--data", "short.csv")
     tables.assign(size="large").to_csv("text.csv", index=False)
@@ -333,7 +338,5 @@ def test_resume_refuses_the_progress_of_another_fit(tables, capsys):
     from decathlon.dbt.checkpoint import FitCheckpoint
 
     FitCheckpoint(Path("model.partial")).seeds("another", (1, 2))
-    assert "belongs to a fit of other data or parameters" in fails(
-        capsys, *REGRESSION, "--output", "model", "--resume"
-    )
+    assert "belongs to a fit of other data or parameters" in fails(capsys, *REGRESSION, "--output", "model", "--resume")
     assert main([*REGRESSION, "--output", "model"]) == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
 from decathlon.dbt import data
 from decathlon.shared.errors import UserError
 
@@ -195,9 +196,7 @@ def test_data_folder_is_the_argument_then_the_variable(tmp_path, monkeypatch):
         data.data_folder(None)
 
 
-@pytest.mark.parametrize(
-    "arrays", [{"y": np.zeros(3)}, {"test_mask": np.zeros((2, 3), bool)}, {"X": np.zeros(20)}]
-)
+@pytest.mark.parametrize("arrays", [{"y": np.zeros(3)}, {"test_mask": np.zeros((2, 3), bool)}, {"X": np.zeros(20)}])
 def test_uci_archives_of_other_shapes_are_refused(tmp_path, arrays):
     write_archive(tmp_path, **arrays)
     with pytest.raises(UserError, match=r"yacht.npz: X .* are not \(n, p\), \(n,\) and \(splits, n\)"):

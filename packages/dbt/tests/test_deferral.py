@@ -56,8 +56,10 @@ class TestDecide:
     def test_max_rate(self, rule: str, seed: int, max_rate: float, n: int) -> None:
         proba = draw(seed, n=n)
         decision = DeferralPolicy(rule, max_rate=max_rate).decide(proba)
-        assert decision.defer.dtype == bool and decision.defer.shape == (n,)
-        assert decision.score.dtype == np.float64 and decision.score.shape == (n,)
+        assert decision.defer.dtype == bool
+        assert decision.defer.shape == (n,)
+        assert decision.score.dtype == np.float64
+        assert decision.score.shape == (n,)
         assert np.issubdtype(decision.prediction.dtype, np.integer)
         assert decision.defer.sum() == int(np.floor(max_rate * n))
         if 0 < decision.defer.sum() < n:

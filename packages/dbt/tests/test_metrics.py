@@ -112,7 +112,8 @@ class TestIntervals:
     def test_width(self) -> None:
         samples = np.random.default_rng(0).normal(size=(6, 11, 3))
         width = metrics.interval_width(samples, 10, 90)
-        assert width.shape == (6, 3) and width.dtype == np.float64
+        assert width.shape == (6, 3)
+        assert width.dtype == np.float64
         assert_allclose(width[2, 1], np.subtract(*np.percentile(samples[2, :, 1], [90, 10])))
         assert_allclose(metrics.interval_width(np.full((3, 4), 1e6)), 0.0)
 
@@ -152,9 +153,7 @@ class TestCrps:
 
     def test_gaussian_limits(self) -> None:
         assert_allclose(metrics.crps_gaussian(np.array([3.0]), 1.0, 1e-9), 2.0, rtol=1e-8)
-        assert_allclose(
-            metrics.crps_gaussian(np.zeros(3), np.zeros(3), 2.0), 2 * (np.sqrt(2) - 1) / np.sqrt(np.pi)
-        )
+        assert_allclose(metrics.crps_gaussian(np.zeros(3), np.zeros(3), 2.0), 2 * (np.sqrt(2) - 1) / np.sqrt(np.pi))
 
 
 class TestLikelihoods:
@@ -180,9 +179,7 @@ class TestLikelihoods:
     def test_precision_a_row(self) -> None:
         y, samples = draw(3)
         tau = np.linspace(0.5, 2.0, len(y))
-        each = [
-            metrics.nll_mixture(y[i : i + 1], samples[i : i + 1], precision=tau[i]) for i in range(len(y))
-        ]
+        each = [metrics.nll_mixture(y[i : i + 1], samples[i : i + 1], precision=tau[i]) for i in range(len(y))]
         assert_allclose(metrics.nll_mixture(y, samples, precision=tau, reduce=None), each)
 
     def test_mixture_over_smooths(self) -> None:
@@ -200,7 +197,8 @@ class TestLikelihoods:
     def test_constant_and_huge_samples(self, score) -> None:
         y = np.array([1e6, 1e6])
         equal = score(y, np.full((2, 5), 1e6), reduce=None)
-        assert np.isfinite(equal).all() and (equal < -10).all()  # the floor of the variance, 1e-12
+        assert np.isfinite(equal).all()
+        assert (equal < -10).all()
         assert np.isfinite(score(y, np.zeros((2, 5)), reduce=None)).all()
         wider = score(y, np.full((2, 5), 1e6), min_variance=1.0, reduce=None)
         assert (wider > 0).all()
@@ -275,7 +273,8 @@ class TestPavpu:
         certain = np.array([True, False, True, False, True])
         assert metrics.pavpu(correct, certain) == 0.6
         assert metrics.pavpu(correct.astype(int), certain.astype(int)) == 0.6
-        assert metrics.pavpu(correct, correct) == 1.0 and metrics.pavpu(correct, ~correct) == 0.0
+        assert metrics.pavpu(correct, correct) == 1.0
+        assert metrics.pavpu(correct, ~correct) == 0.0
 
 
 class TestEvaluate:
@@ -314,7 +313,8 @@ class TestEvaluate:
     def test_one_row_two_samples(self) -> None:
         scores = metrics.evaluate(np.array([0.5]), np.array([[0.0, 1.0]]))
         assert scores["rmse"] == scores["mae"] == 0.0
-        assert scores["picp95"] == 1.0 and all(np.isfinite(value) for value in scores.values())
+        assert scores["picp95"] == 1.0
+        assert all(np.isfinite(value) for value in scores.values())
 
     def test_takes_lists_and_float32(self) -> None:
         assert metrics.evaluate([0.0, 1.0], [[0.0, 1.0], [1.0, 2.0]])["rmse"] == 0.5

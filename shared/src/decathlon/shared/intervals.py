@@ -18,9 +18,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_mean(
-    values: Sequence[float] | NDArray[np.float64], confidence: float = 0.95, rng: int = 0
-) -> Interval:
+def bootstrap_mean(values: Sequence[float] | NDArray[np.float64], confidence: float = 0.95, rng: int = 0) -> Interval:
     """Mean with a percentile bootstrap interval.
 
     Args:

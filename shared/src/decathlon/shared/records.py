@@ -97,7 +97,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """ "shown", "not shown" or "not measured"."""
+        """One of "shown", "not shown", "not measured"."""
         return {True: "shown", False: "not shown", None: "not measured"}[self.shown]
 
 
@@ -197,7 +197,10 @@ def results_table(records: Sequence[Record], fmt: str = "simple") -> str:
     rows = []
     for experiment in experiments:
         methods = list(dict.fromkeys(r.method for r in records if r.experiment == experiment))
-        best = {metric: _best([r for r in records if (r.experiment, r.metric) == (experiment, metric)]) for metric in metrics}
+        best = {
+            metric: _best([r for r in records if (r.experiment, r.metric) == (experiment, metric)])
+            for metric in metrics
+        }
         for method in methods:
             row = [experiment, method]
             for metric in metrics:

@@ -162,9 +162,7 @@ def import_xgboost() -> Any:
     try:
         import xgboost
     except ImportError as error:
-        raise ImportError(
-            "backend='xgboost' needs xgboost: pip install 'decathlon-dbt[xgboost]'"
-        ) from error
+        raise ImportError("backend='xgboost' needs xgboost: pip install 'decathlon-dbt[xgboost]'") from error
     return xgboost
 
 

@@ -22,9 +22,8 @@ Interval = tuple[float, float, float]
 _MARGIN = 0.95  # "at least 5 % under"
 _COVERAGE = (0.90, 0.98)  # what counts as coverage of 95 % intervals
 
-PAPER_NEURAL = "better than the neural CARD on tabular data (stated in words; its tables were not at hand)"
-PAPER_KEPT = "kept rows are decided more accurately than deferred ones (stated in words, for fraud detection)"
-PAPER_MISSING = "also evaluated with missing covariates (its tables were not at hand)"
+PAPER_NEURAL = "beats the neural CARD (said in words; tables not at hand)"
+PAPER_KEPT = "kept rows are more accurate (said in words, for fraud)"
 
 
 def judge(recipe: Recipe, results: Results) -> list[Claim]:
@@ -71,9 +70,7 @@ class _Maker:
         self._results, self._recipe = results, recipe
         self._dataset, self._missing = dataset, missing
         self._methods = list(
-            dict.fromkeys(
-                cell.method for cell in sorted(results) if (cell.dataset, cell.missing) == (dataset, missing)
-            )
+            dict.fromkeys(cell.method for cell in sorted(results) if (cell.dataset, cell.missing) == (dataset, missing))
         )
         self._experiment = f"{recipe.experiment}/{Cell(dataset, missing, '', 0).setting}"
 
@@ -101,12 +98,12 @@ class _Maker:
             and metric in self._results[cell]["metrics"]
         ]
 
-    def _below(self, claim: str, first: str, second: str, factor: float = 1.0, paper: str | None = None) -> Claim:
+    def _below(self, claim: str, first: str, second: str, factor: float = 1.0) -> Claim:
         """The claim that the CRPS of one method is under `factor` times that of another."""
         interval = paired_crps(self._results, self._dataset, self._missing, first, second, factor)
         if interval is None:
             absent = LABELS[second] if first in self._methods else LABELS[first]
-            return self._claim(claim, f"{absent} was not run", None, None, paper)
+            return self._claim(claim, f"{absent} was not run", None, None)
         ratio = np.mean(self._values(first, "crps")) / np.mean(self._values(second, "crps"))
         scaled = f"{factor:g} x " if factor != 1 else ""
         return self._claim(
@@ -114,7 +111,6 @@ class _Maker:
             f"CRPS {LABELS[first]} - {scaled}{LABELS[second]}: {_show(interval)} (ratio of means {ratio:.3f})",
             interval,
             interval[2] < 0,
-            paper,
         )
 
     def toy(self) -> Iterator[Claim]:
@@ -126,17 +122,14 @@ class _Maker:
         """CRPS under that of the best of the baselines that were run."""
         main = [name for name in ("dbt", "dbt-paper") if name in self._methods]
         rivals = [name for name in BASELINES if name in self._methods]
-        paper = PAPER_MISSING if self._missing else None
         for method in main:
             if not rivals:
                 continue
-            found = {
-                rival: paired_crps(self._results, self._dataset, self._missing, method, rival) for rival in rivals
-            }
+            found = {rival: paired_crps(self._results, self._dataset, self._missing, method, rival) for rival in rivals}
             # the baseline that stands most in the way of the claim
             hardest = max(found, key=lambda rival: -np.inf if found[rival] is None else found[rival][2])
             names = ", ".join(LABELS[rival] for rival in rivals)
-            yield self._below(f"CRPS of {LABELS[method]} under all of: {names}", method, hardest, paper=paper)
+            yield self._below(f"CRPS of {LABELS[method]} under all of: {names}", method, hardest)
 
     def coverage(self) -> Iterator[Claim]:
         """95 % intervals that hold what they promise."""

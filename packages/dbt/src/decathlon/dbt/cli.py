@@ -197,9 +197,10 @@ def fit(config: FitConfig) -> None:
             y = _numbers(y, config)
         try:
             fit_resumable(model, x, y, partial)
-        finally:
-            if partial.is_dir() and not any(partial.iterdir()):
-                partial.rmdir()
+        except (ValueError, TypeError):
+            if not config.resume:  # what was refused is no progress to keep
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
     columns = {
         "task": config.task,
         "target": config.target,

@@ -86,9 +86,7 @@ class _DBT(BaseEstimator):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {list(valid)}, got {getattr(self, name)!r}")
         if not isinstance(self.schedule, DiffusionSchedule) and self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule must be one of {list(SCHEDULES)} or a DiffusionSchedule, got {self.schedule!r}"
-            )
+            raise ValueError(f"schedule must be one of {list(SCHEDULES)} or a DiffusionSchedule, got {self.schedule!r}")
         for name, least in (
             ("n_steps", 1),
             ("num_leaves", 2),
@@ -115,13 +113,15 @@ class _DBT(BaseEstimator):
 
     def _encode(self, X: Any, *, reset: bool, **check: Any) -> Any:
         """Validated float64 covariates, and the response if `check` has y."""
-        if reset:
-            shape = np.shape(X)
-            categories = (
-                ColumnEncoder.choose_categorical(X, self.categorical_features) if len(shape) == 2 else {}
-            )
-        else:
+        if not reset:
             categories = self._encoder.categories
+        elif isinstance(X, pd.DataFrame):
+            categories = ColumnEncoder.choose_categorical(X, self.categorical_features)
+        elif self.categorical_features is None or isinstance(self.categorical_features, str):
+            categories = ColumnEncoder.choose_categorical(None, self.categorical_features)
+        else:
+            X = np.asarray(X)
+            categories = ColumnEncoder.choose_categorical(X, self.categorical_features) if X.ndim == 2 else {}
         if isinstance(X, pd.DataFrame) or (categories and np.ndim(X) == 2):
             if not reset:  # other columns than at fit are refused before any of them is encoded
                 validate_data(self, X, reset=False, skip_check_array=True)
@@ -517,22 +517,29 @@ class DBTRegressor(RegressorMixin, _DBT):
     def score_samples(
         self,
         X: Any,
-        y: ArrayLike,
+        y: ArrayLike | None = None,
         *,
         n_samples: int | None = None,
         bandwidth: str | float = "scott",
         random_state: Any = None,
     ) -> Array:
-        """Log density of y under a Gaussian kernel density estimate of the samples, (n,).
+        """Log density of y under a Gaussian kernel density estimate of the samples.
 
         Args:
             X: (n, p) covariates.
-            y: (n,) or (n, d) response.
+            y: (n,) or (n, d) response. None (what scikit-learn's own calls give) stands for the mean of samples with
+                common noise: how concentrated the distribution is.
             n_samples: Draws a row.
-            bandwidth: "scott", or a kernel standard deviation in units of y.
+            bandwidth: "scott", or a kernel standard deviation in units of y. Several outputs have a product kernel.
             random_state: Seed; None means `sample_seed_`.
+
+        Returns:
+            (n,) float64, in nats.
         """
-        samples = self.sample(X, n_samples, random_state=random_state)
+        noise = "common" if y is None else "independent"
+        samples = self.sample(X, n_samples, random_state=random_state, noise=noise)
+        if y is None:
+            y = samples.mean(axis=1)
         y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
         return -nll_kde(y, samples, bandwidth=bandwidth, reduce=None)
 
@@ -665,9 +672,7 @@ class DBTClassifier(ClassifierMixin, _DBT):
         """Samples over all classes (n, S, C); with two classes the chain holds the second alone."""
         return np.concatenate([1 - y0, y0], axis=-1) if len(self.classes_) == 2 else y0
 
-    def _proba(
-        self, X: Any, n_samples: int | None, random_state: Any, noise: str
-    ) -> tuple[Array, Array]:
+    def _proba(self, X: Any, n_samples: int | None, random_state: Any, noise: str) -> tuple[Array, Array]:
         """Sampled probabilities (n, S, C) and f as probabilities (n, C)."""
         check_is_fitted(self)
         x = self._encode(X, reset=False)
@@ -700,7 +705,8 @@ class DBTClassifier(ClassifierMixin, _DBT):
 
     def predict(self, X: Any) -> NDArray:
         """Most probable class, (n,) labels."""
-        return self.classes_[np.argmax(self.predict_proba(X), axis=1)]
+        best = np.argmax(self.predict_proba(X), axis=1)
+        return self.classes_[best]
 
     def predict_or_defer(self, X: Any, policy: DeferralPolicy) -> DeferralDecision:
         """Predict the clear cases and defer the others to a human.
@@ -736,9 +742,7 @@ def _check_coverage(coverage: float) -> None:
         raise ValueError(f"coverage must lie in (0, 1), got {coverage}")
 
 
-def _drop_unweighted(
-    x: Array, y: NDArray, sample_weight: ArrayLike | None
-) -> tuple[Array, NDArray, Array | None]:
+def _drop_unweighted(x: Array, y: NDArray, sample_weight: ArrayLike | None) -> tuple[Array, NDArray, Array | None]:
     """Rows of positive weight, and their weights with mean 1."""
     if sample_weight is None:
         return x, y, None

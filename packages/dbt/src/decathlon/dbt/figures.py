@@ -97,22 +97,17 @@ def _deferral(results: Results, folder: Path) -> Path | None:
     if not cells:
         return None
     groups = list(dict.fromkeys((cell.dataset, cell.method) for cell in cells))
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(5.5 * len(groups), 3.8), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 3.8), squeeze=False, layout="constrained")
     grid = np.linspace(0, 0.5, 51)
     for axis, (dataset, method) in zip(axes.flat, groups, strict=True):
         curves = [results[cell] for cell in cells if (cell.dataset, cell.method) == (dataset, method)]
         rules = {"ttest": "largest p-value of the t-test", "width": "widest interval"}
         for color, (rule, label) in zip(PALETTE, rules.items(), strict=False):
             lines = [
-                np.interp(grid, curve[f"curve_{rule}"]["rate"], curve[f"curve_{rule}"]["accuracy"])
-                for curve in curves
+                np.interp(grid, curve[f"curve_{rule}"]["rate"], curve[f"curve_{rule}"]["accuracy"]) for curve in curves
             ]
             axis.plot(100 * grid, np.mean(lines, axis=0), color=color, label=f"deferred first: {label}")
-        axis.set(
-            title=f"{dataset}, {LABELS[method]}", xlabel="rows deferred, %", ylabel="accuracy of the kept rows"
-        )
+        axis.set(title=f"{dataset}, {LABELS[method]}", xlabel="rows deferred, %", ylabel="accuracy of the kept rows")
         axis.legend(frameon=False)
     caption = (
         "Learning to defer: accuracy of the rows that the model keeps when the least certain ones go to a person, "

@@ -61,9 +61,7 @@ class BoosterMean:
     def predict(self, x: Array) -> Array:
         """Prior mean (n, d)."""
         if self.backend == "lightgbm":
-            parts = [
-                booster.predict(x, num_iteration=self.n_rounds, num_threads=1) for booster in self.boosters
-            ]
+            parts = [booster.predict(x, num_iteration=self.n_rounds, num_threads=1) for booster in self.boosters]
         else:
             data = _xgboost_matrix(x, self.categorical)
             parts = [booster.predict(data, iteration_range=(0, self.n_rounds)) for booster in self.boosters]
@@ -284,9 +282,7 @@ def _fit_lightgbm(
 
 def _xgboost_matrix(x: Array, categorical: Sequence[int], label: Array | None = None, weight: Any = None) -> Any:
     types = ["c" if column in set(categorical) else "float" for column in range(x.shape[1])]
-    return import_xgboost().DMatrix(
-        x, label, weight=weight, feature_types=types, enable_categorical=True, nthread=1
-    )
+    return import_xgboost().DMatrix(x, label, weight=weight, feature_types=types, enable_categorical=True, nthread=1)
 
 
 def _fit_xgboost(

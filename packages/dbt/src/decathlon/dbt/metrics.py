@@ -130,9 +130,7 @@ def crps_gaussian(
     y, mean, std = _finite(y, "y"), _finite(mean, "mean"), _finite(std, "std")
     for name, array in (("mean", mean), ("std", std)):
         if y.ndim != 1 or array.shape not in ((), y.shape):
-            raise ValueError(
-                f"y must be (n,) and {name} (n,) or a number, got the shapes {y.shape} and {array.shape}"
-            )
+            raise ValueError(f"y must be (n,) and {name} (n,) or a number, got the shapes {y.shape} and {array.shape}")
     if not (std > 0.0).all():
         raise ValueError(f"std must be positive, got {std.min()}")
     z = (y - mean) / std
@@ -214,12 +212,13 @@ def nll_kde(
 ) -> float | Floats:
     """Negative log density of y under a Gaussian kernel density estimate of the row's samples.
 
-    Beyond the paper. The kernels are narrower than those of `nll_mixture`, so several modes survive.
+    Beyond the paper. The kernels are narrower than those of `nll_mixture`, so several modes survive. Several outputs
+    have a product kernel: their joint density.
 
     Args:
-        y: (n,).
-        samples: (n, S).
-        bandwidth: standard deviation of a kernel in units of y, or "scott" for S^(-1/5) times the standard
+        y: (n,) or (n, d).
+        samples: (n, S) or (n, S, d).
+        bandwidth: standard deviation of a kernel in units of y, or "scott" for S^(-1/(d + 4)) times the standard
             deviation (ddof 1) of the row's samples, which needs S >= 2.
         min_variance: floor of the samples' variance under "scott", in squared units of y.
         reduce: "mean" or None.
@@ -227,15 +226,19 @@ def nll_kde(
     Returns:
         A float, or (n,) in nats.
     """
+    y, samples = _outcomes_and_samples(y, samples, at_least=2 if isinstance(bandwidth, str) else 1, outputs=True)
+    n_samples, d = samples.shape[1:]
     if isinstance(bandwidth, str):
         if bandwidth != "scott":
             raise ValueError(f'bandwidth must be "scott" or a positive number, got {bandwidth!r}')
-        _, values = _outcomes_and_samples(y, samples, at_least=2)
-        squared = _variance(values, min_variance) * values.shape[1] ** -0.4
-        return nll_mixture(y, samples, precision=1.0 / squared, reduce=reduce)
-    if not 0.0 < bandwidth < np.inf:
+        squared = _variance(samples, min_variance) * n_samples ** (-2.0 / (d + 4))
+    elif 0.0 < bandwidth < np.inf:
+        squared = np.full(y.shape, float(bandwidth) ** 2)
+    else:
         raise ValueError(f'bandwidth must be "scott" or a positive number, got {bandwidth}')
-    return nll_mixture(y, samples, precision=bandwidth**-2.0, reduce=reduce)
+    exponents = -0.5 * (np.square(samples - y[:, None]) / squared[:, None]).sum(axis=2)
+    log_density = logsumexp(exponents, axis=1) - np.log(n_samples) - 0.5 * np.log(2.0 * np.pi * squared).sum(axis=1)
+    return _reduced(-log_density, reduce)
 
 
 def energy_score(
@@ -359,9 +362,7 @@ def _outcomes_and_samples(
     if y.ndim not in ranks or not aligned or y.size == 0:
         raise ValueError(f"expected {expected}, not empty; got the shapes {y.shape} and {samples.shape}")
     if samples.shape[1] < at_least:
-        raise ValueError(
-            f"at least {at_least} samples a row are needed, got samples of shape {samples.shape}"
-        )
+        raise ValueError(f"at least {at_least} samples a row are needed, got samples of shape {samples.shape}")
     return (y[:, None], samples[:, :, None]) if outputs and y.ndim == 1 else (y, samples)
 
 

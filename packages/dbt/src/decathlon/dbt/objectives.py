@@ -233,9 +233,7 @@ class DiffusionSchedule:
         spread = _cast(np.sqrt(_at(self._noise_variance, t)), dtype)
         return signal * y + shrink * f + spread * eps
 
-    def posterior(
-        self, y0: ArrayLike, yt: ArrayLike, prior_mean: ArrayLike, t: Step
-    ) -> tuple[Array, Coefficient]:
+    def posterior(self, y0: ArrayLike, yt: ArrayLike, prior_mean: ArrayLike, t: Step) -> tuple[Array, Coefficient]:
         """Mean and variance of q(y_{t-1} | y_t, y_0, f).
 
         Returns:
@@ -323,9 +321,7 @@ class DiffusionSchedule:
         out, skip, prior = (_cast(c, dtype) for c in coefficients)
         return out * said + skip * (state - f) + prior * f
 
-    def linear_step(
-        self, t: Step, prediction_type: str, residual_variance: ArrayLike | None = None
-    ) -> LinearStep:
+    def linear_step(self, t: Step, prediction_type: str, residual_variance: ArrayLike | None = None) -> LinearStep:
         """The step t -> t-1 as an affine function: `reconstruct` put into `posterior`.
 
         Returns:
@@ -391,14 +387,10 @@ class DiffusionSchedule:
             return _cast(-spread / signal, np.float64), _cast(1.0 / signal, np.float64), 1.0
         if prediction_type == "residual":
             if residual_variance is None:
-                raise ValueError(
-                    'prediction_type "residual" needs residual_variance, the mean of (y0 - prior_mean)^2'
-                )
+                raise ValueError('prediction_type "residual" needs residual_variance, the mean of (y0 - prior_mean)^2')
             c_skip, c_out = self.residual_coefficients(t, residual_variance)
             return c_out, c_skip, 1.0
-        raise ValueError(
-            f"unknown prediction_type {prediction_type!r}; valid ones: {', '.join(PREDICTION_TYPES)}"
-        )
+        raise ValueError(f"unknown prediction_type {prediction_type!r}; valid ones: {', '.join(PREDICTION_TYPES)}")
 
     def _steps(self, t: Step) -> Step:
         """The steps as an int or an integer array, within 1..T."""
@@ -442,9 +434,7 @@ def reverse_chain(
     n_steps = schedule.n_steps
     noise = np.asarray(noise)
     if noise.ndim < 1 or len(noise) != n_steps + 1:
-        raise ValueError(
-            f"noise must be (n_steps + 1, *shape) = ({n_steps + 1}, ...), got the shape {noise.shape}"
-        )
+        raise ValueError(f"noise must be (n_steps + 1, *shape) = ({n_steps + 1}, ...), got the shape {noise.shape}")
     _check_shapes({"noise[0]": noise[0]}, prior_mean=prior_mean, residual_variance=residual_variance)
     start, f, _ = _operands(noise[n_steps], prior_mean)
     y = f + start
@@ -454,9 +444,7 @@ def reverse_chain(
     for t in range(n_steps, 0, -1):
         answer = denoiser(t, y)
         prediction, extra_variance = answer if isinstance(answer, tuple) else (answer, 0.0)
-        y = schedule.reverse_step(
-            prediction, y, f, t, noise[t - 1], prediction_type, residual_variance, extra_variance
-        )
+        y = schedule.reverse_step(prediction, y, f, t, noise[t - 1], prediction_type, residual_variance, extra_variance)
         if path is not None:
             path[t - 1] = y
     return y if path is None else path
@@ -586,6 +574,4 @@ def _check_shapes(state: Mapping[str, Any], **others: Any) -> None:
         except ValueError:
             fits = False
         if not fits:
-            raise ValueError(
-                f"{name} of shape {np.shape(value)} does not fit {' and '.join(state)} of shape {shape}"
-            )
+            raise ValueError(f"{name} of shape {np.shape(value)} does not fit {' and '.join(state)} of shape {shape}")

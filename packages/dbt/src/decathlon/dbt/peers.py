@@ -130,9 +130,7 @@ class QuantileLightGBM:
         from lightgbm import LGBMRegressor
 
         settings = {"n_jobs": 1, "random_state": self.seed, "deterministic": True, "verbose": -1} | self.parameters
-        self._models = [
-            LGBMRegressor(objective="quantile", alpha=level, **settings).fit(x, y) for level in self.levels
-        ]
+        self._models = [LGBMRegressor(objective="quantile", alpha=level, **settings).fit(x, y) for level in self.levels]
         return self
 
     def sample(self, x: Array, n_samples: int) -> Array:

@@ -287,10 +287,7 @@ def _regressor(recipe: Recipe, cell: Cell) -> Peer:
         "quantiles": partial(QuantileLightGBM, cell.seed, **rounds),
         "ngboost": partial(NGBoost, cell.seed, **rounds),
         "treeffuser": partial(Treeffuser, cell.seed, **rounds),
-    } | {
-        name: partial(DBTRegressor, random_state=cell.seed, **options, **steps)
-        for name, options in _VARIANTS.items()
-    }
+    } | {name: partial(DBTRegressor, random_state=cell.seed, **options, **steps) for name, options in _VARIANTS.items()}
     if cell.method not in make:
         raise UserError(f"method {cell.method!r} does not do regression ({cell.dataset})")
     method: Peer = make[cell.method]()
@@ -384,9 +381,13 @@ def _classification(recipe: Recipe, cell: Cell, split: data.Split) -> dict[str, 
 
 
 def _tenths(y: NDArray, samples: NDArray) -> list[float]:
-    """Share of the rows in each tenth of the predicted distribution, those outside in the first or last."""
-    inside = np.clip(y, samples.min(axis=1), samples.max(axis=1))
-    return [metrics.picp(inside, samples, low, low + 10) for low in range(0, 100, 10)]
+    """Share of the rows in each tenth of the predicted distribution, those outside in the first or last.
+
+    These are the bins of `metrics.qice`: a row is in one of the first k if it is not above the 10 k percentile.
+    """
+    above_least = np.maximum(y, samples.min(axis=1))
+    up_to = [metrics.picp(above_least, samples, 0, high) for high in range(10, 100, 10)]
+    return np.diff([0.0, *up_to, 1.0]).tolist()
 
 
 def restrict(

@@ -120,9 +120,7 @@ class ChainSampler:
         for start in range(0, n, size):
             yield slice(start, min(start + size, n))
 
-    def _run(
-        self, x: Array, prior_mean: Array, noise: NDArray, out: NDArray[np.float32], return_path: bool
-    ) -> None:
+    def _run(self, x: Array, prior_mean: Array, noise: NDArray, out: NDArray[np.float32], return_path: bool) -> None:
         row_masks = self._forest.row_masks(x)
         mean = prior_mean.astype(np.float32)
         y = mean[:, None, :] + noise[:, self._n_steps]

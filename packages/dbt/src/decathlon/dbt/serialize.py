@@ -70,9 +70,7 @@ def write_mean_models(folder: Path, models: list[MeanModel]) -> dict[str, Any]:
         return {"kind": "zero", "n_outputs": first.n_outputs, "n_models": len(models)}
     if not isinstance(first, BoosterMean):
         name = type(getattr(first, "estimator", first)).__name__
-        raise TypeError(
-            f"mean_estimator {name} cannot be saved without pickle: fit with mean_estimator=None or 'zero'"
-        )
+        raise TypeError(f"mean_estimator {name} cannot be saved without pickle: fit with mean_estimator=None or 'zero'")
     suffix = "txt" if first.backend == "lightgbm" else "ubj"
     files = []
     for k, model in enumerate(models):
