@@ -186,7 +186,10 @@ def fails(capsys, *command):
         (["--ignore", "cost"], "no column 'cost'"),
         (["--categorical", "cost"], "no column 'cost'"),
         (["--target", "size"], "Input y contains NaN"),
-        (["--target", "region"], "the target is not numeric"),
+        (["--target", "region"], "the target (see --task) is not numeric"),
+        (["--weight", "cost"], "no column 'cost'"),
+        (["--weight", "region"], "region is not numeric"),
+        (["--temperature", "2"], "temperature is for --task classification"),
         (["--n_steps", "0"], "n_steps must be an integer of at least 1, got 0"),
         (["--n_noise", "0"], "n_noise must be an integer of at least 1, got 0"),
         (["--n_samples", "0"], "n_samples must be an integer of at least 1, got 0"),
@@ -223,6 +226,29 @@ def test_mistakes_in_the_training_table(tables, capsys, column, values, message)
         "bad.csv", index=False
     )
     assert message in fails(capsys, "fit", "--data", "bad.csv", "--target", "price", "--output", "m")
+
+
+def test_mistakes_in_weights_and_temperature(tables, capsys):
+    for value, message in ((-1.0, "negative"), (0.0, "at least one non-zero"), (np.nan, "NaN")):
+        tables.assign(weight=value).to_csv("weights.csv", index=False)
+        command = [part.replace("train.csv", "weights.csv") for part in REGRESSION]
+        assert message.lower() in fails(capsys, *command, "--weight", "weight", "--output", "m").lower()
+    assert "temperature must be positive" in fails(capsys, *CLASSES, "--temperature", 0, "--output", "m")
+    assert "temperature" in fails(capsys, *CLASSES, "--temperature", "warm", "--output", "m")
+
+
+def test_weights_and_temperature_reach_the_estimator(tables):
+    tables[:120].assign(weight=np.arange(120) % 2).to_csv("weights.csv", index=False)
+    tables[1:120:2].assign(weight=1).to_csv("odd.csv", index=False)
+    for name in ("weights", "odd"):
+        command = [part.replace("train", name) for part in REGRESSION]
+        assert main([*command, "--weight", "weight", "--output", name]) == 0
+        assert "weight" not in DBTRegressor.load(name).feature_names_in_
+        assert main(["sample", "--model", name, "--data", "new.csv", "--output", f"{name}.npz"]) == 0
+    # rows of no weight are as good as absent
+    np.testing.assert_allclose(np.load("weights.npz")["samples"], np.load("odd.npz")["samples"])
+    assert main([*CLASSES, "--temperature", "tune", "--output", "model"]) == 0
+    assert DBTClassifier.load("model").temperature == "tune"
 
 
 def test_one_class(tables, capsys):

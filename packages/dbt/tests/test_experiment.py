@@ -106,7 +106,7 @@ def test_mean_classifier():
 
 def test_absent_peers_are_skipped_with_a_line(monkeypatch):
     assert unavailable("numpy") is None
-    assert unavailable("no_such_package") == "no_such_package is not installed (pip install 'decathlon-dbt[peers]')"
+    assert unavailable("no_such_package").startswith("no_such_package is not installed")
     monkeypatch.setattr("decathlon.dbt.protocol.unavailable", lambda name: f"{name} is not installed")
     cells, notes = plan(Recipe(parts=[Part(["bimodal"], ["dbt", "ngboost", "treeffuser"])]))
     assert {cell.method for cell in cells} == {"dbt"}

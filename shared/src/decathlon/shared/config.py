@@ -1,15 +1,17 @@
 """Commands from dataclasses: flags, YAML, help and errors through jsonargparse."""
 
-from __future__ import annotations
-
+import argparse
+import dataclasses
 import importlib.metadata
-import inspect
+import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from decathlon.shared.errors import UserError
@@ -17,22 +19,18 @@ from decathlon.shared.errors import UserError
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Config = TypeVar("Config")
-_INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+Commands = Mapping[str, Callable[[Any], Any]]
 
 
 class _Parser(ArgumentParser):
-    """Says a mistake in one line and leaves with 2, without the usage."""
+    """Says a mistake in one line, without the usage."""
 
-    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:  # type: ignore[override]
-        raise UserError(" ".join(str(message).split()))
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", " ".join(str(message).split()))
+        raise UserError(text.replace("Parser key", "option").replace("Expected a ", "expected "))
 
 
-def run_cli(
-    prog: str,
-    description: str,
-    commands: Mapping[str, Callable[[Any], Any]],
-    argv: Sequence[str] | None = None,
-) -> int:
+def run_cli(prog: str, description: str, commands: Commands, argv: Sequence[str] | None = None) -> int:
     """Run a command line of sub-commands.
 
     Args:
@@ -43,97 +41,114 @@ def run_cli(
         argv: Arguments; None takes those of the process.
 
     Returns:
-        0; 2 for a mistake of the user's, which is printed in one line; 130 after Ctrl-C.
+        0; 2 for a mistake of the user's, a `UserError`, which is printed in one line; 130 after Ctrl-C.
     """
-    parser = _Parser(prog=prog, description=description)
+    name, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    hint = ""
     try:
-        parser.add_argument("--version", action="version", version=f"{prog} {importlib.metadata.version(prog)}")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        parser.add_argument("--version", action="version", version=f"{prog} (not installed)")
-    subcommands = parser.add_subcommands(required=True, dest="command")
-    for name, command in commands.items():
-        summary = (inspect.getdoc(command) or "").split("\n")[0]
-        subcommands.add_subcommand(name, _command_parser(_config_class(command), summary), help=summary)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if not arguments:
-            parser.print_help()
-            return 2
-        known = commands.get(arguments[0])
-        if known is not None:
-            arguments[1:] = _spell_out(arguments[1:], _config_class(known))
-        parsed = parser.parse_args(arguments)
-        name = parsed.command
-        command = commands[name]
-        command(_instantiate(_config_class(command), parsed[name]))
+        if name not in commands:
+            return _overview(prog, description, commands, name)
+        (cls,) = (hint for key, hint in typing.get_type_hints(commands[name]).items() if key != "return")
+        if "resume" in _names(cls):
+            hint = ": what was finished is kept; run the same command with --resume to go on"
+        parser = _command_parser(cls, f"{prog} {name}", _summary(commands[name]))
+        commands[name](_instantiate(cls, parser, parser.parse_args(_spell_out(flags, cls))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: what was finished is kept; run the same command with --resume to go on", file=sys.stderr)
-        return _INTERRUPTED
+        print(f"interrupted{hint}", file=sys.stderr)
+        return 130  # what a shell reports for a process ended by Ctrl-C
     return 0
 
 
 def load_config(cls: type[Config], path: str | os.PathLike[str], **overrides: Any) -> Config:
-    """A dataclass from a YAML file, checked as a command line would be.
-
-    Args:
-        cls: The dataclass.
-        path: YAML file with some of its fields.
-        **overrides: Fields that go over those of the file.
+    """A dataclass from a YAML file, checked as a command line would be; `overrides` go over the file.
 
     Raises:
         UserError: For a missing file, an unknown key or a wrong type, with its name.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"no such file: {os.fspath(path)}")
-    parser = _command_parser(cls, "")
-    parsed = parser.parse_args([f"--config={os.fspath(path)}"])
-    for key, value in overrides.items():
-        parsed[key] = value
-    return _instantiate(cls, parsed)
+    parser = _command_parser(cls)
+    return _instantiate(cls, parser, parser.parse_object({**_read_yaml(cls, path), **overrides}))
+
+
+def _overview(prog: str, description: str, commands: Commands, argument: str) -> int:
+    """What the program does where no command is named: --help, --version or a mistake."""
+    more = f"`{prog} COMMAND --help` explains its options."
+    version = next((found.version for found in importlib.metadata.distributions(name=prog)), "(not installed)")
+    parser = argparse.ArgumentParser(prog, description=description, epilog=more)
+    parser.add_argument("--version", action="version", version=f"{prog} {version}", help="print the version and exit")
+    listed = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in commands.items():
+        listed.add_parser(name, help=_summary(command))
+    if argument in ("-h", "--help", "--version"):
+        parser.parse_args([argument])
+    if argument:
+        raise UserError(f"unknown command {argument!r}; known are {', '.join(commands)}")
+    parser.print_help(sys.stderr)
+    return 2
+
+
+def _read_yaml(cls: type, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of `cls` that a file gives."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of the form key: value, got {values!r:.80}")
+    for key in values:
+        if key not in _names(cls):
+            raise UserError(f"{path}: unknown key {key!r}; known are {', '.join(_names(cls))}")
+    return values
 
 
 def _spell_out(arguments: Sequence[str], cls: type) -> list[str]:
-    """Let a flag of a bool stand alone (`--resume`) and one of a list take several values (`--seeds 0 1 2`)."""
+    """Flags as jsonargparse takes them.
+
+    A flag of a bool may stand alone (`--resume`), one of a list takes several values (`--seeds 0 1 2`), and files
+    come first so that flags go over them.
+    """
+    groups: list[list[str]] = []  # a flag and its values
+    for argument in arguments:
+        if not groups or argument.startswith("--") or argument == "-h":
+            groups.append(argument.split("=", 1))
+        else:
+            groups[-1].append(argument)
     hints = typing.get_type_hints(cls)
-    result: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        hint = hints.get(argument.removeprefix("--")) if argument.startswith("--") else None
-        values: list[str] = []
-        if hint is bool and (not rest or rest[0].lower() not in ("true", "false")):
-            argument += "=true"
-        elif any(typing.get_origin(h) is list for h in (hint, *typing.get_args(hint))):
-            while rest and not rest[0].startswith("--"):
-                values.append(rest.pop(0))
-            if len(values) == 1 and values[0].startswith("["):
-                argument += f"={values[0]}"
-            else:
-                argument += f"=[{', '.join(values)}]"
-        result.append(argument)
-    return result
+    spelled: list[str] = []
+    for flag, *values in sorted(groups, key=lambda group: group[0] != "--config"):
+        hint = hints.get(flag.removeprefix("--"))
+        if flag == "--config":
+            for path in values:
+                _read_yaml(cls, path)  # for its error messages
+        elif hint is bool and not values:
+            values = ["true"]
+        elif any(typing.get_origin(option) is list for option in (hint, *typing.get_args(hint))):
+            plain = values and values != ["null"] and values[0][:1] not in ("[", "{")
+            values = [json.dumps(values)] if plain else values
+        spelled += [f"{flag}={values[0]}", *values[1:]] if values else [flag]
+    return spelled
 
 
-def _config_class(command: Callable[[Any], Any]) -> type:
-    hints = typing.get_type_hints(command)
-    hints.pop("return", None)
-    (cls,) = hints.values()
-    return cls
+def _summary(command: Callable[[Any], Any]) -> str:
+    return (command.__doc__ or "").partition("\n")[0]
 
 
-def _command_parser(cls: type, description: str) -> _Parser:
-    parser = _Parser(description=description)
+def _names(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _command_parser(cls: type, prog: str | None = None, description: str | None = None) -> _Parser:
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the following; flags go over it")
     parser.add_class_arguments(cls, None)
     return parser
 
 
-def _instantiate(cls: type[Config], parsed: Namespace) -> Config:
-    parser = _command_parser(cls, "")
-    parsed = parsed.clone()
-    parsed.pop("config", None)
-    values = parser.instantiate_classes(parsed)
-    return cls(**{key: values[key] for key in vars(values) if key in inspect.signature(cls).parameters})
+def _instantiate(cls: type[Config], parser: _Parser, parsed: Namespace) -> Config:
+    values = parser.instantiate(parsed)
+    return cls(**{name: values[name] for name in _names(cls)})

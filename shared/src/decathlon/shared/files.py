@@ -1,7 +1,5 @@
 """Files that are there whole or not at all."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import uuid
@@ -18,34 +16,31 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     `path` stays. A directory that is replaced is moved aside first, so at no time is there a half-written one.
 
     Args:
-        path: Where the result shall be; missing parent directories are made.
+        path: Where the result shall be; missing parent directories are made, a link is followed.
 
     Yields:
-        The path to write to; nothing exists there yet.
+        The path to write to, with the suffix of `path`; nothing exists there yet.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    unique = uuid.uuid4().hex[:12]
-    temporary = target.with_name(f".{target.name}.{unique}.tmp{target.suffix}")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp{target.suffix}")
+    old = temporary.with_suffix(".old")
     try:
         yield temporary
-        _sync(temporary)
+        files = [temporary] if not temporary.is_dir() else [p for p in temporary.rglob("*") if p.is_file()]
+        for file in files:  # on disk before it is in its place
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
         if target.is_dir():
-            old = target.with_name(f".{target.name}.{unique}.old")
             os.replace(target, old)
-            os.replace(temporary, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, target)
+        os.replace(temporary, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or all files of a directory, written to disk."""
-    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+        for rest in (temporary, old):
+            if rest.is_dir():
+                shutil.rmtree(rest)
+            else:
+                rest.unlink(missing_ok=True)

@@ -1,12 +1,9 @@
 """Bootstrap intervals of means over seeds or splits."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from scipy.stats import bootstrap
 
 
@@ -18,7 +15,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_mean(values: Sequence[float] | NDArray[np.float64], confidence: float = 0.95, rng: int = 0) -> Interval:
+def bootstrap_mean(values: ArrayLike, confidence: float = 0.95, rng: int = 0) -> Interval:
     """Mean with a percentile bootstrap interval.
 
     Args:
@@ -37,23 +34,12 @@ def bootstrap_mean(values: Sequence[float] | NDArray[np.float64], confidence: fl
     mean = float(array.mean())
     if np.ptp(array) == 0:
         return Interval(mean, mean, mean)
-    result = bootstrap(
-        (array,),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=9999,
-        method="percentile",
-        rng=np.random.default_rng(rng),
-    )
-    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
+    generator = np.random.default_rng(rng)
+    ends = bootstrap((array,), np.mean, confidence_level=confidence, method="percentile", rng=generator)
+    return Interval(mean, float(ends.confidence_interval.low), float(ends.confidence_interval.high))
 
 
-def paired_difference(
-    a: Sequence[float] | NDArray[np.float64],
-    b: Sequence[float] | NDArray[np.float64],
-    confidence: float = 0.95,
-    rng: int = 0,
-) -> Interval:
+def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, rng: int = 0) -> Interval:
     """Mean of a - b over pairs (the same seed or split), with its bootstrap interval.
 
     Raises:

@@ -1,7 +1,5 @@
 """One look for all figures. Imports matplotlib only when a figure is made."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +16,19 @@ def use_style() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(
-        {
-            "figure.figsize": (6.0, 4.0),
-            "figure.constrained_layout.use": True,
-            "figure.facecolor": "white",
-            "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.color": "#E5E5E5",
-            "grid.linewidth": 0.8,
-            "axes.axisbelow": True,
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "font.size": 10,
-            "legend.frameon": False,
-            "lines.linewidth": 1.8,
-            "svg.hashsalt": "decathlon",
-        }
-    )
+    plt.rc("figure", figsize=(6.0, 4.0), facecolor="white", **{"constrained_layout.use": True})
+    plt.rc("axes", prop_cycle=plt.cycler(color=PALETTE), grid=True, axisbelow=True)
+    plt.rc("axes", titlesize=11, titleweight="bold", titlelocation="left")
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("grid", color="#E5E5E5", linewidth=0.8)
+    plt.rc("font", size=10)
+    plt.rc("legend", frameon=False)
+    plt.rc("lines", linewidth=1.8)
+    plt.rc("svg", hashsalt="decathlon")  # the same figure gives the same file
 
 
 def save_figure(figure: Any, path: str | Path) -> list[Path]:
-    """Write a matplotlib figure as PNG (150 dpi) and SVG and close it.
-
-    Args:
-        figure: The figure.
-        path: Path without suffix.
-
-    Returns:
-        The two files.
-    """
+    """Write a matplotlib figure as `path`.png (150 dpi) and `path`.svg and close it; return the two paths."""
     import matplotlib.pyplot as plt
 
     written = []

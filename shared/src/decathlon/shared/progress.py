@@ -22,27 +22,12 @@ def progress(
 ) -> tqdm[Item] | Any:
     """A tqdm bar on stderr; where stderr is no terminal, a line every ten seconds.
 
-    Args:
-        iterable: What to iterate over; None for a bar that is updated by hand.
-        total: Length, if the iterable does not tell.
-        desc: Label in front of the bar.
-        unit: What one item is called.
-        leave: Keep the bar when it is done.
-        disable: Show nothing.
+    The arguments are those of tqdm. Without `iterable` the bar is updated by hand.
     """
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        iterable,
-        total=total,
-        desc=desc,
-        unit=unit,
-        leave=leave,
-        disable=disable,
-        dynamic_ncols=True,
-        mininterval=0.2 if terminal else 10.0,
-        maxinterval=10.0,
-        file=None if terminal else _Lines(),
-    )
+    look: dict[str, Any] = {"desc": desc, "unit": unit, "leave": leave, "disable": disable}
+    if sys.stderr.isatty():
+        return tqdm(iterable, total=total, dynamic_ncols=True, mininterval=0.2, **look)
+    return tqdm(iterable, total=total, ncols=80, mininterval=10.0, file=_Lines(), **look)
 
 
 class _Lines:

@@ -1,99 +1,64 @@
 """Measured figures and verdicts on claims, as lines of JSON and as tables."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from tabulate import tabulate
 
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
 from decathlon.shared.intervals import bootstrap_mean
 
-_LIBRARIES = (
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "lightgbm",
-    "xgboost",
-    "xgboost-cpu",
-    "torch",
-    "transformers",
-    "diffusers",
-    "accelerate",
-    "trl",
-    "peft",
-    "gymnasium",
-    "minari",
+# distributions whose version can change a figure
+_REPORTED = re.compile(
+    "decathlon-.+|accelerate|diffusers|gymnasium|lightgbm|minari|mujoco|ngboost|numpy|pandas|peft|scikit-learn|scipy"
+    "|torch|transformers|treeffuser|trl|xgboost|xgboost-cpu"
 )
 
 
 @dataclass(frozen=True)
 class Record:
-    """One figure: a metric of a method in an experiment, over seeds.
+    """One figure: a metric of a method in an experiment, over seeds."""
 
-    Attributes:
-        package: Short name, such as "dbt".
-        experiment: Data set or setting.
-        method: The method or baseline.
-        metric: Name; a name that ends in "_seconds" is a time.
-        value: Mean over seeds.
-        low: Lower end of the 95 % interval.
-        high: Upper end.
-        seeds: Number of seeds or splits.
-        higher_is_better: None if neither.
-        seconds: Wall-clock time spent on it, of all seeds.
-        versions: Library versions.
-        device: What it ran on.
-    """
-
-    package: str
-    experiment: str
-    method: str
-    metric: str
-    value: float
-    low: float
+    package: str  # short name, such as "dbt"
+    experiment: str  # data set or setting
+    method: str  # the method or the baseline
+    metric: str  # a name that ends in "_seconds" is a time
+    value: float  # mean over seeds
+    low: float  # ends of its 95 % interval
     high: float
-    seeds: int
-    higher_is_better: bool | None
-    seconds: float
-    versions: dict[str, str]
-    device: str
+    seeds: int  # number of seeds or splits
+    higher_is_better: bool | None  # None: neither direction is
+    seconds: float  # wall-clock time spent on it, of all seeds together
+    versions: dict[str, str]  # of the libraries
+    device: str  # what it ran on
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of a paper beside what was measured here.
+    """A claim of a paper beside what was measured here."""
 
-    Attributes:
-        package: Short name.
-        experiment: Where it was put to the test.
-        claim: The claim in a sentence.
-        paper: The paper's figure, or None if it gives none or it is not confirmed.
-        measured: What was measured, in words.
-        value: The figure the verdict rests on, or None.
-        low: Lower end of its interval.
-        high: Upper end.
-        shown: Whether it shows; None if it was not measured.
-    """
-
-    package: str
-    experiment: str
-    claim: str
-    paper: str | None
-    measured: str
-    value: float | None
-    low: float | None
+    package: str  # short name, such as "dbt"
+    experiment: str  # where it was put to the test
+    claim: str  # in a sentence
+    paper: str | None  # the paper's figure; None if it gives none or it is not confirmed
+    measured: str  # in words
+    value: float | None  # the figure that the verdict rests on
+    low: float | None  # ends of its interval
     high: float | None
-    shown: bool | None
+    shown: bool | None  # None: not measured
 
     @property
     def verdict(self) -> str:
@@ -104,14 +69,12 @@ class Claim:
 Line = TypeVar("Line", Record, Claim)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Versions of python, the decathlon distributions and the libraries they stand on, as far as installed."""
-    found = {"python": platform.python_version()}
-    for distribution in importlib.metadata.distributions():
-        name = (distribution.metadata["Name"] or "").lower()
-        if name in _LIBRARIES or name.startswith("decathlon-"):
-            found[name] = distribution.version
-    return dict(sorted(found.items()))
+    """Versions of python, the decathlon distributions and the libraries under them, as far as installed."""
+    installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
+    found = {name: installed[name] for name in sorted(installed) if _REPORTED.fullmatch(name)}
+    return {"python": platform.python_version(), **found}
 
 
 def device() -> str:
@@ -123,7 +86,7 @@ def device() -> str:
 
 
 def record_from_seeds(
-    values: Sequence[float],
+    values: Sequence[float] | NDArray[np.float64],
     *,
     package: str,
     experiment: str,
@@ -133,31 +96,27 @@ def record_from_seeds(
     seconds: float,
     rng: int = 0,
 ) -> Record:
-    """The record of a metric measured once a seed: mean and bootstrap interval.
+    """The record of a metric measured once a seed, (n_seeds,): mean and bootstrap interval.
 
     Raises:
-        ValueError: As `bootstrap_mean`.
+        ValueError: As `bootstrap_mean`, naming the metric.
     """
-    interval = bootstrap_mean(values, rng=rng)
-    return Record(
-        package=package,
-        experiment=experiment,
-        method=method,
-        metric=metric,
-        value=interval.mean,
-        low=interval.low,
-        high=interval.high,
-        seeds=len(values),
-        higher_is_better=higher_is_better,
-        seconds=seconds,
-        versions=versions(),
-        device=device(),
-    )
+    try:
+        interval = bootstrap_mean(values, rng=rng)
+    except ValueError as error:
+        raise ValueError(f"{experiment}, {method}, {metric}: {error}") from error
+    where = (package, experiment, method, metric)
+    return Record(*where, *interval, len(values), higher_is_better, seconds, versions(), device())
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON; numbers of numpy and torch become plain ones; ValueError for NaN, which JSON lacks."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=methodcaller("item"))
 
 
 def write_jsonl(path: str | Path, lines: Iterable[Record | Claim]) -> None:
-    """Write records or claims, one line of JSON each, atomically."""
-    text = "".join(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n" for line in lines)
+    """Write records or claims, one line of JSON each, atomically; ValueError for NaN, which JSON lacks."""
+    text = "".join(to_json(dataclasses.asdict(line)) + "\n" for line in lines)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -191,43 +150,31 @@ def results_table(records: Sequence[Record], fmt: str = "simple") -> str:
         records: What to show.
         fmt: A format of tabulate; with "github" the best cell of each experiment and metric is bold.
     """
-    metrics = list(dict.fromkeys(record.metric for record in records))
     experiments = list(dict.fromkeys(record.experiment for record in records))
-    cells = {(r.experiment, r.method, r.metric): r for r in records}
-    rows = []
-    for experiment in experiments:
-        methods = list(dict.fromkeys(r.method for r in records if r.experiment == experiment))
-        best = {
-            metric: _best([r for r in records if (r.experiment, r.metric) == (experiment, metric)])
-            for metric in metrics
-        }
-        for method in methods:
-            row = [experiment, method]
-            for metric in metrics:
-                record = cells.get((experiment, method, metric))
-                text = "" if record is None else _cell(record)
-                row.append(f"**{text}**" if fmt == "github" and text and record == best[metric] else text)
-            rows.append(row)
-    headers = ["experiment", "method", *metrics]
-    if len(experiments) == 1:
-        rows, headers = [row[1:] for row in rows], headers[1:]
-    return tabulate(rows, headers, tablefmt=fmt, disable_numparse=True)
+    metrics = list(dict.fromkeys(record.metric for record in records))
+    rivals: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record.higher_is_better is not None:
+            rivals.setdefault((record.experiment, record.metric), []).append(record)
+    best = [
+        max(group, key=lambda r: r.value if r.higher_is_better else -r.value)
+        for group in rivals.values()
+        if len(group) > 1
+    ]
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for record in records:
+        text = f"{record.value:.4g} [{record.low:.4g}, {record.high:.4g}]"
+        bold = fmt == "github" and any(record is winner for winner in best)
+        rows.setdefault((record.experiment, record.method), {})[record.metric] = f"**{text}**" if bold else text
+    first = 0 if len(experiments) > 1 else 1  # one experiment alone needs no column
+    order = sorted(rows, key=lambda row: experiments.index(row[0]))
+    cells = [[*row[first:], *(rows[row].get(metric, "") for metric in metrics)] for row in order]
+    return tabulate(cells, ["experiment", "method"][first:] + metrics, tablefmt=fmt, disable_numparse=True)
 
 
 def claims_table(claims: Sequence[Claim], fmt: str = "simple") -> str:
     """A row a claim: where, the claim, the paper's figure, what was measured, the verdict."""
     rows = [[c.experiment, c.claim, c.paper or "n/a", c.measured, c.verdict] for c in claims]
     headers = ["experiment", "claim", "paper", "measured here", "verdict"]
-    widths: list[int | None] | None = None if fmt in ("github", "html") else [14, 44, 16, 44, None]
-    return tabulate(rows, headers, tablefmt=fmt, disable_numparse=True, maxcolwidths=widths if rows else None)
-
-
-def _cell(record: Record) -> str:
-    return f"{record.value:.4g} [{record.low:.4g}, {record.high:.4g}]"
-
-
-def _best(records: list[Record]) -> Any:
-    directed = [record for record in records if record.higher_is_better is not None]
-    if len(directed) < 2:
-        return None
-    return max(directed, key=lambda r: r.value if r.higher_is_better else -r.value)
+    wrapped: list[int | None] | None = None if fmt in ("github", "html") or not rows else [14, 44, 16, 44, None]
+    return tabulate(rows, headers, tablefmt=fmt, disable_numparse=True, maxcolwidths=wrapped)

@@ -1,9 +1,6 @@
 """A directory that says what was run, with what, and what came of it."""
 
-from __future__ import annotations
-
 import dataclasses
-import json
 import os
 import platform
 import subprocess
@@ -16,7 +13,7 @@ import yaml
 
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
-from decathlon.shared.records import Claim, Record, device, versions, write_jsonl
+from decathlon.shared.records import Claim, Record, device, to_json, versions, write_jsonl
 
 
 class RunDirectory:
@@ -24,7 +21,7 @@ class RunDirectory:
 
     Args:
         path: The directory; made if it does not exist.
-        config: A dataclass or mapping of plain values, written to `config.yaml`; None writes none.
+        config: A dataclass or mapping of plain values, written to `config.yaml`.
         resume: Go on in a directory that already holds a run of the same config.
 
     Attributes:
@@ -32,33 +29,35 @@ class RunDirectory:
         figures: The directory for figures.
 
     Raises:
-        UserError: If the directory holds another run, or a run of the same config without `resume`.
+        UserError: If the directory holds something else, another run, or a run of the same config without `resume`.
     """
 
     def __init__(self, path: str | Path, config: Any = None, resume: bool = False) -> None:
         self.path = Path(path)
         self.figures = self.path / "figures"
-        text = yaml.safe_dump(_plain(config), sort_keys=False)
-        written = self.path / "config.yaml"
+        values, written = _plain(config) or {}, self.path / "config.yaml"
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, not a directory: choose another output")
         if written.exists():
             if not resume:
                 raise UserError(f"{self.path} holds a run already: give --resume to go on, or choose another output")
-            if written.read_text(encoding="utf-8") != text:
-                raise UserError(f"{self.path} holds a run of another config: choose another output")
-        elif self.path.is_dir() and any(self.path.iterdir()):
+            before = yaml.safe_load(written.read_text(encoding="utf-8"))
+            changed = [key for key in {**before, **values} if before.get(key, ...) != values.get(key, ...)]
+            if changed:
+                raise UserError(f"{self.path} holds a run with another {', '.join(changed)}: choose another output")
+        elif self.path.is_dir() and any(not child.name.startswith(".") for child in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run: choose another output")
-        self.figures.mkdir(parents=True, exist_ok=True)
+        else:  # the config comes first: from then on the run can be resumed
+            with atomic_path(written) as temporary:
+                temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
         with atomic_path(self.path / "environment.json") as temporary:
-            temporary.write_text(json.dumps(environment(), indent=1), encoding="utf-8")
-        with atomic_path(written) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(to_json(environment()) + "\n", encoding="utf-8")
+        self.figures.mkdir(exist_ok=True)
 
     def log(self, **metrics: Any) -> None:
         """Append one line of JSON to `metrics.jsonl`."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(to_json(metrics) + "\n")
 
     def write_records(self, records: Iterable[Record], claims: Iterable[Claim] = ()) -> None:
         """Write `records.jsonl` and `claims.jsonl`, each atomically."""
@@ -68,10 +67,9 @@ class RunDirectory:
 
 def environment() -> dict[str, Any]:
     """Time, platform, processor count, device, versions, and the git commit if there is one."""
+    command = ["git", "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
     return {

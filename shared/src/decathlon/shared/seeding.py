@@ -1,7 +1,5 @@
 """One seed for all random number generators in use."""
 
-from __future__ import annotations
-
 import random
 import sys
 
@@ -9,17 +7,13 @@ import numpy as np
 
 
 def seed_everything(seed: int) -> np.random.Generator:
-    """Seed `random`, numpy's global state and, if it is loaded, torch.
+    """Seed `random`, numpy's global state and, if it is loaded, torch; return a numpy generator of the same seed.
 
-    Args:
-        seed: 0 <= seed < 2**32.
-
-    Returns:
-        A numpy generator of the same seed, to be handed on.
+    Raises:
+        ValueError: Unless 0 <= seed < 2**32.
     """
-    random.seed(seed)
     np.random.seed(seed)
-    torch = sys.modules.get("torch")
-    if torch is not None:
+    random.seed(seed)
+    if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(seed)
     return np.random.default_rng(seed)

@@ -202,7 +202,7 @@ class XGBoostGrower:
         reference_y: Array,
         categorical: Sequence[int],
         num_leaves: int,
-        min_child: int,
+        min_child: float,
         reg_lambda: float,
         max_bin: int,
         weight: Array | None,
@@ -210,6 +210,8 @@ class XGBoostGrower:
         params: Mapping[str, Any] | None,
     ) -> None:
         self._xgb = import_xgboost()
+        # a root lighter than min_child_weight would say 0, not its mean; above half of all weight nothing splits anyway
+        min_child = min(min_child, 0.6 * (len(x) if weight is None else weight.sum()))
         self._params = xgboost_params(
             num_leaves=num_leaves, min_child=min_child, reg_lambda=reg_lambda, max_bin=max_bin, seed=seed, params=params
         )

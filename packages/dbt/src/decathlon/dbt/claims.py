@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,14 +123,16 @@ class _Maker:
         """CRPS under that of the best of the baselines that were run."""
         main = [name for name in ("dbt", "dbt-paper") if name in self._methods]
         rivals = [name for name in BASELINES if name in self._methods]
-        for method in main:
-            if not rivals:
-                continue
-            found = {rival: paired_crps(self._results, self._dataset, self._missing, method, rival) for rival in rivals}
+        for method in main if rivals else ():
             # the baseline that stands most in the way of the claim
-            hardest = max(found, key=lambda rival: -np.inf if found[rival] is None else found[rival][2])
+            hardest = max(rivals, key=partial(self._upper, method))
             names = ", ".join(LABELS[rival] for rival in rivals)
             yield self._below(f"CRPS of {LABELS[method]} under all of: {names}", method, hardest)
+
+    def _upper(self, method: str, rival: str) -> float:
+        """Upper end of the difference of CRPS."""
+        interval = paired_crps(self._results, self._dataset, self._missing, method, rival)
+        return -np.inf if interval is None else interval[2]
 
     def coverage(self) -> Iterator[Claim]:
         """95 % intervals that hold what they promise."""

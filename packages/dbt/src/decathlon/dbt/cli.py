@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -29,6 +30,19 @@ from decathlon.shared.files import atomic_path
 COLUMNS = "table.json"
 """File in a model folder with the columns of the training table."""
 
+_TUNABLE = (
+    "n_steps",
+    "schedule",
+    "prediction_type",
+    "trajectory",
+    "reverse_variance",
+    "n_noise",
+    "num_leaves",
+    "min_child_samples",
+    "backend",
+    "n_samples",
+)
+
 
 @dataclass
 class FitConfig:
@@ -48,6 +62,8 @@ class FitConfig:
     """Columns that are neither covariate nor response, such as an identifier."""
     categorical: list[str] = field(default_factory=list)
     """Columns of numbers that are codes of categories."""
+    weight: str | None = None
+    """Column of row weights, not negative."""
     n_steps: int | None = None
     """Diffusion steps T (fast: 50, paper: 1000)."""
     schedule: Literal["linear", "cosine", "karras"] | None = None
@@ -70,6 +86,8 @@ class FitConfig:
     """Library that grows the trees (both presets: lightgbm)."""
     n_samples: int | None = None
     """Samples a row that the model draws unless told otherwise (fast: 100; paper: 1000, 100 for classes)."""
+    temperature: float | Literal["tune"] | None = None
+    """Classes only: temperature of the class probabilities (both presets: 1, as CARD); "tune" fits it."""
     seed: int = 0
     """Seed; the same table and seed give the same model, bit for bit."""
     jobs: int = 1
@@ -86,8 +104,8 @@ class SampleConfig:
     """Model folder that `fit` wrote."""
     data: str
     """Table with the covariates, CSV or Parquet; other columns are not looked at."""
-    output: str = "samples.parquet"
-    """File to write: .parquet or .csv (a column a sample, quantile or class) or .npz (arrays)."""
+    output: str = "samples.csv"
+    """File to write: .csv or .parquet (a column a sample, quantile or class) or .npz (arrays)."""
     n_samples: int | None = None
     """Samples a row (the paper: 1000, 100 for classes); the model's own number if not given."""
     quantiles: list[float] = field(default_factory=list)
@@ -183,20 +201,24 @@ def fit(config: FitConfig) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     frame = data.read_table(config.data, text=config.categorical)
     data.require_columns(frame, config.categorical, config.data)
-    x, y = data.split_target(frame, config.target, config.data, ignore=config.ignore)
+    ignore = config.ignore if config.weight is None else [*config.ignore, config.weight]
+    x, y = data.split_target(frame, config.target, config.data, ignore=ignore)
+    weight = None if config.weight is None else _numbers(frame[config.weight].to_numpy(), config.weight, config.data)
     start = time.perf_counter()
     with _user_errors():
-        names = ("n_steps", "schedule", "prediction_type", "trajectory", "reverse_variance", "n_noise", "num_leaves")
-        names += ("min_child_samples", "backend", "n_samples")
-        given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+        given = {name: getattr(config, name) for name in _TUNABLE if getattr(config, name) is not None}
+        if config.temperature is not None:
+            if config.task == "regression":
+                raise UserError("temperature is for --task classification")
+            given["temperature"] = config.temperature
         if config.mean_cv is not None:
             given["mean_cv"] = config.mean_cv or None
         estimator = DBTRegressor if config.task == "regression" else DBTClassifier
         model = estimator.from_preset(config.preset, **given, random_state=config.seed, n_jobs=config.jobs, verbose=1)
         if config.task == "regression":
-            y = _numbers(y, config)
+            y = _numbers(y, "the target (see --task)", config.data)
         try:
-            fit_resumable(model, x, y, partial)
+            fit_resumable(model, x, y, partial, weight)
         except (ValueError, TypeError):
             if not config.resume:  # what was refused is no progress to keep
                 shutil.rmtree(partial, ignore_errors=True)
@@ -219,6 +241,8 @@ def sample(config: SampleConfig) -> None:
     output = Path(config.output)
     if output.suffix not in (".parquet", ".csv", ".npz"):
         raise UserError(f"output {output}: give a name that ends in .parquet, .csv or .npz")
+    if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"output {output}: Parquet needs pyarrow (pip install pyarrow); or name a .csv or .npz file")
     model, columns = _load(config.model)
     x = _covariates(model, columns, config.data)
     if isinstance(model, DBTClassifier):
@@ -227,15 +251,14 @@ def sample(config: SampleConfig) -> None:
         arrays, table = _class_table(model, x, config)
     else:
         arrays, table = _sample_table(model, columns["target"], x, config)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(output) as path:
         if output.suffix == ".npz":
             with open(path, "wb") as file:
-                np.savez_compressed(file, **arrays)
+                np.savez_compressed(file, allow_pickle=False, **arrays)
         elif output.suffix == ".csv":
             table.to_csv(path, index=False)
         else:
-            _to_parquet(table, path)
+            table.to_parquet(path, index=False)
     print(f"wrote {len(x)} rows to {output}")
 
 
@@ -250,7 +273,7 @@ def evaluate(config: EvaluateConfig) -> None:
             figures = _class_figures(model, x, y, config)
         else:
             samples = model.sample(x, config.n_samples, random_state=config.seed)
-            figures = metrics.evaluate(_numbers(y, config), samples)
+            figures = metrics.evaluate(_numbers(y, "the target", config.data), samples)
     figures = {name: float(value) for name, value in figures.items()}
     if config.output is not None:
         with atomic_path(Path(config.output)) as path:
@@ -344,11 +367,11 @@ def _user_errors() -> Iterator[None]:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def _numbers(y: NDArray, config: FitConfig | EvaluateConfig) -> NDArray:
+def _numbers(values: NDArray, name: str, source: str) -> NDArray:
     try:
-        return np.asarray(y, np.float64)
+        return np.asarray(values, np.float64)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{config.data}: the target is not numeric ({error}); use --task classification") from error
+        raise UserError(f"{source}: {name} is not numeric ({error})") from error
 
 
 def _model_target(path: str) -> Path:
@@ -356,7 +379,6 @@ def _model_target(path: str) -> Path:
     output = Path(path)
     if output.exists() and not (output.is_dir() and ((output / COLUMNS).is_file() or not any(output.iterdir()))):
         raise UserError(f"output {output} exists and is no model folder; name another one")
-    output.parent.mkdir(parents=True, exist_ok=True)
     return output
 
 
@@ -383,13 +405,6 @@ def _covariates(
             example = x[name].cat.categories[0]
             raise UserError(f"{path}: column {name!r} held numbers at fit, but holds {example!r} here")
     return x
-
-
-def _to_parquet(table: pd.DataFrame, path: Path) -> None:
-    try:
-        table.to_parquet(path, index=False)
-    except ImportError as error:
-        raise UserError("writing Parquet needs pyarrow (pip install pyarrow); or name a .csv or .npz output") from error
 
 
 # ----------------------------------------------------------------------------------------------------- experiments

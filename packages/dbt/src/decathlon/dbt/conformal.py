@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+_ROUNDING = 1e-9  # 0.9 / (1 - 0.9) comes out above 9
+
 
 def conformal_score(interval: Array, y: Array) -> Array:
     """How far y lies outside its interval, in units of the interval's width: max(lo - y, y - hi) / (hi - lo).
@@ -41,9 +43,9 @@ def conformal_margin(interval: Array, y: Array, coverage: float) -> Array:
         ValueError: If n is too small for the coverage.
     """
     n = len(y)
-    rank = math.ceil((n + 1) * coverage)
+    rank = math.ceil((n + 1) * coverage - _ROUNDING)
     if rank > n:
-        least = math.ceil(coverage / (1 - coverage))
+        least = math.ceil(coverage / (1 - coverage) - _ROUNDING)
         raise ValueError(f"calibration at coverage {coverage} needs at least {least} rows, got {n}")
     return np.sort(conformal_score(interval, y), axis=0)[rank - 1]
 

@@ -84,7 +84,7 @@ def read_table(path: str | Path, text: Sequence[str] = ()) -> pd.DataFrame:
             separator = "\t" if suffix == ".tsv" else ","
             frame = pd.read_csv(path, sep=separator, low_memory=False, dtype=dict.fromkeys(text, str))
     except ImportError as error:
-        raise UserError(f"{path}: Parquet needs pyarrow (pip install pyarrow), or give a .csv file") from error
+        raise UserError(f"{path}: Parquet needs pyarrow (pip install pyarrow); or give a .csv file") from error
     except (ValueError, OSError) as error:  # ValueError: malformed, empty, or not in UTF-8
         raise UserError(f"{path}: cannot be read as a table ({' '.join(str(error).split())})") from error
     if frame.empty:

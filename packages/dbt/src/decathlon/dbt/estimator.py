@@ -55,6 +55,7 @@ class _DBT(BaseEstimator):
     """What the regressor and the classifier share: one chain over a standardized response (n, d)."""
 
     _preset_samples = 1000
+    _encoder: ColumnEncoder
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
@@ -141,7 +142,7 @@ class _DBT(BaseEstimator):
             return result
         return self._encoder.fill(x)
 
-    def _fit_chain(self, x: Array, y0: Array, target: Array, weight: Array | None, n_classes: int | None) -> Array:
+    def _fit_chain(self, x: Array, y0: Array, target: NDArray, weight: Array | None, n_classes: int | None) -> Array:
         """Fit f on `target` and the trees on `y0` (n, d) in standardized units; returns f of the training rows."""
         rng = check_random_state(self.random_state)
         seed, self.sample_seed_ = (int(rng.randint(2**31 - 1)) for _ in range(2))
@@ -237,7 +238,7 @@ class _DBT(BaseEstimator):
     def _seed(self, random_state: Any) -> int:
         if random_state is None:
             return self.sample_seed_
-        if isinstance(random_state, numbers.Integral) and random_state >= 0:
+        if isinstance(random_state, (int, np.integer)) and random_state >= 0:
             return int(random_state)
         return int(check_random_state(random_state).randint(2**31 - 1))
 
@@ -435,8 +436,8 @@ class DBTRegressor(RegressorMixin, _DBT):
         x = self._encode(X, reset=False)
         f = mean_prediction(self.mean_models_, x)
         samples = self._draw(x, f, n_samples, random_state, noise, row_offset, return_path)
-        samples = samples * self._scale + self._center
-        return samples[..., 0] if self._flat else samples
+        scaled = samples.astype(np.float64) * self._scale + self._center
+        return scaled[..., 0] if self._flat else scaled
 
     def predict(self, X: Any) -> Array:
         """Mean of `n_samples` draws with common noise, (n,) or (n, d): deterministic, whatever the other rows."""
@@ -461,7 +462,7 @@ class DBTRegressor(RegressorMixin, _DBT):
         """
         levels = np.atleast_1d(np.asarray(quantiles, np.float64))
         if levels.ndim != 1 or not np.all((levels > 0) & (levels < 1)):
-            raise ValueError(f"quantiles must lie in (0, 1), got {quantiles}")
+            raise ValueError(f"quantiles must lie in (0, 1), got {levels.tolist()}")
         samples = self.sample(X, n_samples, random_state=random_state)
         return np.moveaxis(np.quantile(samples, levels, axis=1), 0, -1)
 
@@ -507,10 +508,10 @@ class DBTRegressor(RegressorMixin, _DBT):
         """
         check_is_fitted(self)
         interval = self._interval(X, coverage, None, None)
-        y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
-        if y.shape != interval.shape[:-1]:
-            raise ValueError(f"y must have shape {interval.shape[:-1]}, got {y.shape}")
-        margin = conformal_margin(interval, y, coverage)
+        truth: Array = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+        if truth.shape != interval.shape[:-1]:
+            raise ValueError(f"y must have shape {interval.shape[:-1]}, got {truth.shape}")
+        margin = conformal_margin(interval, truth, coverage)
         self._calibration[float(coverage)] = np.atleast_1d(margin)
         return self
 
@@ -538,10 +539,8 @@ class DBTRegressor(RegressorMixin, _DBT):
         """
         noise = "common" if y is None else "independent"
         samples = self.sample(X, n_samples, random_state=random_state, noise=noise)
-        if y is None:
-            y = samples.mean(axis=1)
-        y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
-        return -nll_kde(y, samples, bandwidth=bandwidth, reduce=None)
+        where = samples.mean(axis=1) if y is None else check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+        return -np.asarray(nll_kde(where, samples, bandwidth=bandwidth, reduce=None))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -742,7 +741,7 @@ def _check_coverage(coverage: float) -> None:
         raise ValueError(f"coverage must lie in (0, 1), got {coverage}")
 
 
-def _drop_unweighted(x: Array, y: NDArray, sample_weight: ArrayLike | None) -> tuple[Array, NDArray, Array | None]:
+def _drop_unweighted(x: Array, y: Any, sample_weight: ArrayLike | None) -> tuple[Array, NDArray, Array | None]:
     """Rows of positive weight, and their weights with mean 1."""
     if sample_weight is None:
         return x, y, None

@@ -78,10 +78,10 @@ def _reliability(results: Results, folder: Path) -> Path | None:
         axis.set_ylabel("test rows, %")
     for axis in axes.flat[len(counts) :]:
         axis.set_axis_off()
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
     caption = (
         "Reliability: share of the test rows in each tenth of their predicted distribution. A calibrated method has "
         "10 % in each; peaks at both ends mean intervals that are too narrow."
@@ -108,7 +108,7 @@ def _deferral(results: Results, folder: Path) -> Path | None:
             ]
             axis.plot(100 * grid, np.mean(lines, axis=0), color=color, label=f"deferred first: {label}")
         axis.set(title=f"{dataset}, {LABELS[method]}", xlabel="rows deferred, %", ylabel="accuracy of the kept rows")
-        axis.legend(frameon=False)
+        axis.legend()
     caption = (
         "Learning to defer: accuracy of the rows that the model keeps when the least certain ones go to a person, "
         "mean over the splits."

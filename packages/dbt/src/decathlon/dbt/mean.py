@@ -22,9 +22,9 @@ from decathlon.dbt.backends import import_xgboost, quiet_lightgbm
 
 Array = NDArray[np.float64]
 
-_HOLDOUT = 0.2  # share of the rows that stops a model early when there are no folds
-_MAX_ROUNDS = 3000
-_PATIENCE = 50  # rounds without improvement
+HOLDOUT = 0.2  # share of the rows that stops a model early when there are no folds
+MAX_ROUNDS = 3000
+PATIENCE = 50  # rounds without improvement
 # Leaves that hold a constant, or a linear function of the covariates on the way to them: on smooth responses the
 # second leaves a fraction of the error (naval: a quarter), on rough ones it is as good or a little worse.
 _KINDS: tuple[dict[str, Any], ...] = ({}, {"linear_tree": True, "linear_lambda": 10.0})
@@ -105,7 +105,7 @@ def mean_prediction(models: Sequence[MeanModel], x: Array) -> Array:
 
 def fit_mean(
     x: Array,
-    y: Array,
+    y: NDArray,
     *,
     estimator: Any,
     n_folds: int | None,
@@ -171,7 +171,7 @@ def fit_mean(
         fitted = [race[best], *rest]
         # one number of rounds for all folds: chosen on every row, it owes nothing to a fold of its own
         sizes = [_total(weight, held_out) for _, held_out in parts]
-        n_rounds = _best_round([curve for _, curve in fitted], sizes)
+        n_rounds = best_round([curve for _, curve in fitted], sizes)
         bounds = (y.min(axis=0), y.max(axis=0)) if n_classes is None else (np.zeros(d), np.ones(d))
         models = [BoosterMean(boosters, n_rounds, backend, tuple(categorical), *bounds) for boosters, _ in fitted]
 
@@ -195,7 +195,7 @@ def _folds(y: Array, n_folds: int | None, n_classes: int | None, rng: np.random.
     if n_classes is not None:
         order = order[np.argsort(y[order], kind="stable")]
     fold = np.empty(len(y), np.int64)
-    fold[order] = np.arange(len(y)) % (n_folds or round(1 / _HOLDOUT))
+    fold[order] = np.arange(len(y)) % (n_folds or round(1 / HOLDOUT))
     return fold
 
 
@@ -203,7 +203,7 @@ def _total(weight: Array | None, rows: NDArray[np.bool_]) -> float:
     return float(rows.sum()) if weight is None else float(weight[rows].sum())
 
 
-def _best_round(curves: Sequence[Array], sizes: Sequence[float]) -> int:
+def best_round(curves: Sequence[Array], sizes: Sequence[float]) -> int:
     """The number of rounds with the least loss over all folds; a curve that ended early stays at its end."""
     longest = max(map(len, curves))
     padded = np.stack([np.pad(curve, (0, longest - len(curve)), mode="edge") for curve in curves])
@@ -270,9 +270,9 @@ def _fit_lightgbm(
         booster = lgb.train(
             params,
             data,
-            _MAX_ROUNDS,
+            MAX_ROUNDS,
             valid_sets=[check],
-            callbacks=[lgb.early_stopping(_PATIENCE, verbose=False), lgb.record_evaluation(history)],
+            callbacks=[lgb.early_stopping(PATIENCE, verbose=False), lgb.record_evaluation(history)],
         )
         boosters.append(booster)
         curves.append(np.array(next(iter(history["valid_0"].values()))))
@@ -283,6 +283,28 @@ def _fit_lightgbm(
 def _xgboost_matrix(x: Array, categorical: Sequence[int], label: Array | None = None, weight: Any = None) -> Any:
     types = ["c" if column in set(categorical) else "float" for column in range(x.shape[1])]
     return import_xgboost().DMatrix(x, label, weight=weight, feature_types=types, enable_categorical=True, nthread=1)
+
+
+def xgboost_mean_params(n: int, n_classes: int | None, seed: int) -> dict[str, Any]:
+    """XGBoost parameters of the estimate of the mean for n training rows."""
+    capacity = _capacity(n)
+    params: dict[str, Any] = {
+        "objective": "reg:squarederror",
+        "eta": 0.1,
+        "tree_method": "hist",
+        "grow_policy": "lossguide",
+        "max_leaves": capacity["num_leaves"],
+        "max_depth": 0,
+        "min_child_weight": capacity["min_data_in_leaf"],
+        "lambda": 0.0,
+        "seed": seed % 2**31,
+        "verbosity": 0,
+    }
+    if n_classes is not None:
+        params |= {"objective": "binary:logistic" if n_classes == 2 else "multi:softprob", "min_child_weight": 1.0}
+        if n_classes > 2:
+            params["num_class"] = n_classes
+    return params
 
 
 def _fit_xgboost(
@@ -297,26 +319,7 @@ def _fit_xgboost(
     kind: Mapping[str, Any],
 ) -> tuple[tuple[Any, ...], Array]:
     """As `_fit_lightgbm`, with XGBoost."""
-    capacity = _capacity(len(y))
-    params: dict[str, Any] = {
-        "objective": "reg:squarederror",
-        "eta": 0.1,
-        "subsample": 0.8,
-        "tree_method": "hist",
-        "grow_policy": "lossguide",
-        "max_leaves": capacity["num_leaves"],
-        "max_depth": 0,
-        "min_child_weight": capacity["min_data_in_leaf"],
-        "lambda": 0.0,
-        "nthread": 1,
-        "seed": seed % 2**31,
-        "verbosity": 0,
-        **kind,
-    }
-    if n_classes is not None:
-        params |= {"objective": "binary:logistic" if n_classes == 2 else "multi:softprob", "min_child_weight": 1.0}
-        if n_classes > 2:
-            params["num_class"] = n_classes
+    params = xgboost_mean_params(len(y), n_classes, seed) | {"nthread": 1, "subsample": 0.8, **kind}
     targets = [y] if n_classes is not None else list(y.T)
     boosters, curves = [], []
     for target in targets:
@@ -328,9 +331,9 @@ def _fit_xgboost(
         booster = import_xgboost().train(
             params,
             data,
-            _MAX_ROUNDS,
+            MAX_ROUNDS,
             evals=[(check, "check")],
-            early_stopping_rounds=_PATIENCE,
+            early_stopping_rounds=PATIENCE,
             evals_result=history,
             verbose_eval=False,
         )

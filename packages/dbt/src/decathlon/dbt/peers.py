@@ -1,7 +1,7 @@
 """Other methods that give a conditional distribution, behind one small face, for the comparisons.
 
 Each peer has `fit(x, y) -> self` and `sample(x, n_samples) -> (n, n_samples)`. They run at the defaults of their
-libraries, on one thread. NGBoost and Treeffuser come with the extra `decathlon-dbt[peers]`.
+libraries, on one thread. NGBoost and Treeffuser are optional.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ QUANTILE_LEVELS = (
 class Peer(Protocol):
     """What the experiments ask of a method."""
 
-    def fit(self, x: Array, y: Array) -> Self:
+    def fit(self, x: Array, y: Array, /) -> Self:
         """Fit to covariates (n, p) and a response (n,)."""
         ...
 
-    def sample(self, x: Array, n_samples: int) -> Array:
+    def sample(self, x: Array, n_samples: int, /) -> Array:
         """Draws (n, n_samples) of the response."""
         ...
 
@@ -42,7 +42,7 @@ class Peer(Protocol):
 def unavailable(package: str) -> str | None:
     """Why an optional peer cannot run here, in one line; None if it can."""
     if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed (pip install 'decathlon-dbt[peers]')"
+        return f"{package} is not installed (the README of decathlon-dbt says how, under Install)"
     return None
 
 

@@ -7,10 +7,10 @@ process, and give the same figures again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,6 +125,9 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 @dataclass(frozen=True, order=True)
@@ -278,20 +281,22 @@ def _rows(x: Any, index: NDArray) -> Any:
 
 def _regressor(recipe: Recipe, cell: Cell) -> Peer:
     """The unfitted method of a cell, with few rounds and steps in a smoke run."""
-    few = recipe.smoke
-    steps: dict[str, Any] = {"n_steps": 2} if few else {}
-    rounds: dict[str, Any] = {"n_estimators": 3} if few else {}
-    make = {
-        "dbt-paper": partial(DBTRegressor.from_preset, "paper", random_state=cell.seed, **steps),
+    steps: dict[str, Any] = {"n_steps": 2} if recipe.smoke else {}
+    rounds: dict[str, Any] = {"n_estimators": 3} if recipe.smoke else {}
+    peers: dict[str, Callable[[], Peer]] = {
         "gaussian": partial(GaussianResidual, cell.seed),
         "quantiles": partial(QuantileLightGBM, cell.seed, **rounds),
         "ngboost": partial(NGBoost, cell.seed, **rounds),
         "treeffuser": partial(Treeffuser, cell.seed, **rounds),
-    } | {name: partial(DBTRegressor, random_state=cell.seed, **options, **steps) for name, options in _VARIANTS.items()}
-    if cell.method not in make:
-        raise UserError(f"method {cell.method!r} does not do regression ({cell.dataset})")
-    method: Peer = make[cell.method]()
-    return MeanImputed(method) if cell.missing and not cell.method.startswith("dbt") else method
+    }
+    if cell.method in peers:
+        peer = peers[cell.method]()
+        return MeanImputed(peer) if cell.missing else peer
+    if cell.method == "dbt-paper":
+        return DBTRegressor.from_preset("paper", random_state=cell.seed, **steps)
+    if cell.method in _VARIANTS:
+        return DBTRegressor(random_state=cell.seed, **_VARIANTS[cell.method], **steps)
+    raise UserError(f"method {cell.method!r} does not do regression ({cell.dataset})")
 
 
 def run_cell(recipe: Recipe, cell: Cell) -> dict[str, Any]:
@@ -324,7 +329,7 @@ def _regression(recipe: Recipe, cell: Cell, split: data.Split) -> dict[str, Any]
         "seconds": {"fit": fitted - start, "sample": end - fitted},
         "test_rows": n_test,
         "rows": rows.tolist(),
-        "crps": metrics.crps_ensemble(y, samples, reduce=None).tolist(),
+        "crps": np.asarray(metrics.crps_ensemble(y, samples, reduce=None)).tolist(),
         "tenths": _tenths(y, samples),
     }
     if cell.dataset == "bimodal" and cell.seed == 0:
@@ -391,12 +396,12 @@ def _tenths(y: NDArray, samples: NDArray) -> list[float]:
 
 
 def restrict(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     *,
     datasets: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
     seeds: int | None = None,
-) -> Recipe:
+) -> AnyRecipe:
     """The recipe with only some of its data sets, and with other methods or numbers of splits.
 
     Raises:

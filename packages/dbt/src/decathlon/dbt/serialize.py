@@ -37,7 +37,7 @@ _TREE_FIELDS = [f.name for f in fields(FlatTree) if f.name not in ("n_outputs", 
 # -- trees and boosters, also used for checkpoints ------------------------------------------------------------------
 
 
-def pack_trees(trees: list[FlatTree]) -> dict[str, NDArray]:
+def pack_trees(trees: list[FlatTree]) -> dict[str, Any]:
     """All trees as a few arrays: the fields of all trees one after another, and where each tree ends."""
     arrays: dict[str, NDArray] = {}
     for name in _TREE_FIELDS:
@@ -141,7 +141,7 @@ def save(estimator: _DBT, path: Path) -> None:
     """Write a fitted estimator into the folder `path`, see `_DBT.save`."""
     params = {name: _plain(name, value) for name, value in estimator.get_params(deep=False).items()}
     encoder = estimator._encoder
-    arrays = pack_trees(estimator.trees_)
+    arrays: dict[str, Any] = pack_trees(estimator.trees_)
     arrays["log_alpha_bar"] = np.asarray(estimator.schedule_.log_alpha_bar)
     arrays["median"] = encoder.median
     for name in _FITTED_ARRAYS:

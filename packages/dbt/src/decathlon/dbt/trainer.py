@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -174,7 +174,7 @@ class ChainTrainer:
                 error *= self._weight
             total = np.bincount(leaf, error, tree.n_leaves)
             count = np.bincount(leaf, self._weight, tree.n_leaves)
-            result.append(tree.replace(leaf_variance=total / np.maximum(count, np.finfo(float).tiny)))
+            result.append(replace(tree, leaf_variance=total / np.maximum(count, np.finfo(float).tiny)))
         return result
 
     def _leaves(self, y: Array, trees: Sequence[FlatTree]) -> list[NDArray[np.int64]]:
@@ -229,8 +229,11 @@ def fit_steps(
         )
     n_blocks = workers if store is None and not verbose else max(workers, math.ceil(len(missing) / _BLOCK_STEPS))
     blocks = [block for block in np.array_split(np.array(missing, int), n_blocks) if len(block)]
-    if workers == 1:
-        trainer = ChainTrainer(schedule, data, config) if missing else None
+    results: Iterable[dict[int, list[FlatTree]]]
+    if not blocks:
+        results = []
+    elif workers == 1:
+        trainer = ChainTrainer(schedule, data, config)
         results = (_fit_block(trainer, block, done) for block in blocks)
     else:
         results = Parallel(n_jobs=n_jobs, return_as="generator")(

@@ -12,7 +12,8 @@ Beyond the paper (arXiv 2406.01813): an implementation matter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,10 +96,6 @@ class FlatTree:
         """Prediction of the tree, (n,) float64; arguments and errors as for `leaf`."""
         return self.leaf_value[self.leaf(y, x)]
 
-    def replace(self, **changes: object) -> FlatTree:
-        """A copy with some attributes changed."""
-        return FlatTree(**{f.name: changes.get(f.name, getattr(self, f.name)) for f in fields(self)})
-
 
 def _leaf_masks(tree: FlatTree, words: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Masks (N, words) that keep all leaves but those under the left, and under the right child."""
@@ -152,7 +149,7 @@ class _Nodes:
     drop_right: NDArray[np.uint64]
     categories: dict[int, NDArray[np.bool_]] = field(default_factory=dict)  # node -> category goes left
 
-    def goes_left(self, columns: NDArray[np.floating]) -> NDArray[np.bool_]:
+    def goes_left(self, columns: NDArray[Any]) -> NDArray[np.bool_]:
         """Outcome (N, ...) of every node for feature columns (p, ...)."""
         value = columns[self.feature]
         shape = (-1,) + (1,) * (value.ndim - 1)
@@ -286,7 +283,8 @@ class Forest:
         """
         nodes = self._y_nodes[tree]
         mask = np.repeat(row_mask[:, None, :], y.shape[1], axis=1)
-        left = nodes.goes_left(np.moveaxis(y, -1, 0).astype(np.float32 if self.single_precision else y.dtype))
+        columns = np.moveaxis(y, -1, 0)
+        left = nodes.goes_left(columns.astype(np.float32) if self.single_precision else columns)
         for node in range(len(nodes.feature)):
             mask &= _choose(left[node][..., None], nodes.drop_right[node], nodes.drop_left[node])
         return _bit_index(mask)
@@ -302,7 +300,7 @@ class Forest:
         Args:
             tree: Position of the tree.
             row_mask: (n, words), this tree's part of `row_masks`.
-            y: (n, S, d) float32 or float64, no NaN.
+            y: (n, S, d) float32 or float64, no NaN; an exact 0 is a number even under `MISSING_ZERO`.
 
         Returns:
             Leaves (n, C) int64 and positions (n, S) in the raveled leaves: `leaves.ravel()[positions]` is the
