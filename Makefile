@@ -59,7 +59,8 @@ lint: setup ## Format, rules, import contracts, types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports
-	.venv/bin/mypy shared/src $(PACKAGES:%=packages/%/src)
+	for name in $(PACKAGES); do .venv/bin/lint-imports --config packages/$$name/pyproject.toml || exit 1; done
+	MYPYPATH=$(subst $() ,:,$(DISTRIBUTIONS:%=%/src)) .venv/bin/mypy $(DISTRIBUTIONS:%=%/src)
 
 format: setup ## Format the code and mend what ruff can mend
 	.venv/bin/ruff format .

@@ -1,8 +1,11 @@
-# The targets that every package has; a package's Makefile sets NAME and includes this.
+# The targets that every package has; a package's Makefile sets NAME and PAPER_RECIPE and includes this.
 
 TOP := $(abspath $(dir $(lastword $(MAKEFILE_LIST)))/..)
-VENV := $(TOP)/.venv
-COMMAND := $(VENV)/bin/decathlon-$(NAME)
+PYTHON := $(TOP)/.venv/bin/python
+COMMAND := $(TOP)/.venv/bin/decathlon-$(NAME)
+RUNS := $(TOP)/runs/$(NAME)
+
+# more threads than cores make small fits slower, not faster
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
@@ -14,17 +17,20 @@ help: ## List the targets
 setup:
 	@$(MAKE) --no-print-directory -C $(TOP) setup
 
-reproduce: setup ## Quick reproduction: table and figures, records in runs/$(NAME)/quick
-	$(COMMAND) reproduce --config recipes/quick.yaml --output $(TOP)/runs/$(NAME)/quick --resume
+# always anew: a run of earlier code must not pass for one of this code
+reproduce: setup ## Quick reproduction: tables, claims and figures, about three minutes
+	rm -rf $(RUNS)/quick
+	$(COMMAND) reproduce --config recipes/quick.yaml --output $(RUNS)/quick
 
-paper: setup ## The setting of the paper; see the README for how long it takes
-	$(COMMAND) reproduce --config $(PAPER_RECIPE) --output $(TOP)/runs/$(NAME)/paper --resume
+# long, so it goes on where it was stopped; `make clean` first to begin again
+paper: setup ## The setting of the paper; the README says how long it takes
+	$(COMMAND) reproduce --config $(PAPER_RECIPE) --output $(RUNS)/paper --resume
 
 test: setup ## Tests of this package
-	$(VENV)/bin/python -m pytest .
+	$(PYTHON) -m pytest .
 
 bench: setup ## Speed against named peers
-	cd $(TOP) && $(VENV)/bin/python -m pytest benchmarks/speed/test_$(subst -,_,$(NAME))_speed.py -s
+	cd $(TOP) && $(PYTHON) -m pytest benchmarks/speed/test_$(subst -,_,$(NAME))_speed.py -s
 
 clean: ## Remove the runs of this package
-	rm -rf $(TOP)/runs/$(NAME)
+	rm -rf $(RUNS)

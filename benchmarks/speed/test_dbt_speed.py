@@ -27,7 +27,7 @@ from decathlon.shared.records import Record, record_from_seeds, write_jsonl
 
 RECORDS = Path(__file__).resolve().parents[2] / "runs" / "dbt" / "speed" / "records.jsonl"
 SAMPLES = 100
-REPEATS = 3
+REPEATS = 2
 # Treeffuser takes minutes to sample the test rows of the two larger sets; its time grows in proportion to the rows
 TREEFFUSER_ROWS = {"boston": None, "concrete": None, "kin8nm": 25, "power": 25}
 
@@ -44,12 +44,15 @@ def records() -> Iterator[list[Record]]:
 
 
 def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
-    """Least wall-clock time of some repeats: what the machine can do when it is left alone."""
+    """Least processor time of some repeats.
+
+    On one thread it is the wall-clock time of an idle machine, and other programs disturb it little.
+    """
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 

@@ -244,10 +244,9 @@ def test_paired_crps_pairs_the_rows_that_both_have():
         "bimodal", "treeffuser", 0, [3.0, 5.0], rows=[1, 3]
     )
     results |= fake("bimodal", "dbt", 1, [9.0])
-    value, low, high = paired_crps(results, "bimodal", 0.0, "dbt", "treeffuser")
-    assert (value, low, high) == (-1.0, -1.0, -1.0)
-    assert paired_crps(results, "bimodal", 0.0, "dbt", "treeffuser", 0.5)[0] == pytest.approx(3 - 2)
-    assert paired_crps(results, "bimodal", 0.0, "dbt", "ngboost") is None
+    a, b = paired_crps(results, "bimodal", 0.0, "dbt", "treeffuser")
+    assert (a.tolist(), b.tolist()) == ([2.0, 4.0], [3.0, 5.0])
+    assert len(paired_crps(results, "bimodal", 0.0, "dbt", "ngboost")[0]) == 0
 
 
 def verdicts(results, **options):
@@ -339,6 +338,7 @@ def test_a_run_leaves_records_claims_and_figures(tmp_path):
     assert {r.metric: r.higher_is_better for r in outcome.records}["picp95"] is None
     text = outcome.tables()
     assert "small/diabetes/missing-20" in text and "LightGBM quantiles" in text
+    assert (outcome.folder / "results.md").read_text() == outcome.tables("github") + "\n"
     assert "| " in outcome.tables("github")
 
 

@@ -1,5 +1,7 @@
 """Flat trees against the libraries that grew them, and against a plain walk from the root to a leaf."""
 
+from dataclasses import replace
+
 import lightgbm as lgb
 import numpy as np
 import pytest
@@ -231,7 +233,7 @@ def test_locate_equals_leaf(seed, sizes, d, p, dtype, single_precision):
         cuts = cuts.astype(np.float32).astype(np.float64)
     trees = [random_tree(rng, size, d, p, single_precision=single_precision, cuts=cuts) for size in sizes]
     # an exact zero of the chain is a number to `locate`, whatever counts as missing in the table
-    trees = [tree.replace(missing=np.where(tree.feature < d, MISSING_NAN, tree.missing)) for tree in trees]
+    trees = [replace(tree, missing=np.where(tree.feature < d, MISSING_NAN, tree.missing)) for tree in trees]
     x = table_of(rng, 7, p)
     exact = cuts.astype(dtype)
     near = np.concatenate([exact, np.nextafter(exact, dtype(9)), np.nextafter(exact, dtype(-9))])
@@ -308,7 +310,7 @@ def test_y_may_be_flat_and_replace_copies():
     tree = random_tree(rng, 9, 1, 2)
     y, x = rng.normal(size=20), table_of(rng, 20, 2)
     assert_array_equal(tree.predict(y, x), tree.predict(y[:, None], x))
-    changed = tree.replace(leaf_variance=np.arange(9.0))
+    changed = replace(tree, leaf_variance=np.arange(9.0))
     assert_array_equal(changed.leaf_variance, np.arange(9.0))
     assert changed.leaf_value is tree.leaf_value and not tree.leaf_variance.any()
 

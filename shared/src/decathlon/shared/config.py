@@ -107,11 +107,7 @@ def _read_yaml(cls: type, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _spell_out(arguments: Sequence[str], cls: type) -> list[str]:
-    """Flags as jsonargparse takes them.
-
-    A flag of a bool may stand alone (`--resume`), one of a list takes several values (`--seeds 0 1 2`), and files
-    come first so that flags go over them.
-    """
+    """Flags as jsonargparse takes them, from a bare `--resume` or `--seeds 0 1 2`; files first, flags go over them."""
     groups: list[list[str]] = []  # a flag and its values
     for argument in arguments:
         if not groups or argument.startswith("--") or argument == "-h":

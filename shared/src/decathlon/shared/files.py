@@ -12,14 +12,9 @@ from pathlib import Path
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well.
 
-    The block writes a file or makes a directory there. On an exception nothing is left behind and what was at
-    `path` stays. A directory that is replaced is moved aside first, so at no time is there a half-written one.
-
-    Args:
-        path: Where the result shall be; missing parent directories are made, a link is followed.
-
-    Yields:
-        The path to write to, with the suffix of `path`; nothing exists there yet.
+    The block writes a file or makes a directory there; the temporary path has the suffix of `path`, missing parents
+    are made and a link is followed. On an exception nothing is left behind and what was at `path` stays. A directory
+    that is replaced is moved aside first, so at no time is there a half-written one.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,21 +16,18 @@ class Interval(NamedTuple):
 
 
 def bootstrap_mean(values: ArrayLike, confidence: float = 0.95, rng: int = 0) -> Interval:
-    """Mean with a percentile bootstrap interval.
-
-    Args:
-        values: (n,) at least one; one value alone is its own interval.
-        confidence: Of the interval, in (0, 1).
-        rng: Seed of the resampling.
+    """Mean of values (n,) with a percentile bootstrap interval; `rng` seeds the resampling.
 
     Raises:
-        ValueError: For no values, NaN or infinity.
+        ValueError: For no values, NaN or infinity, or a confidence outside (0, 1).
     """
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"values must be a non-empty sequence of numbers, got shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"values must be finite, got {array.tolist()}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie inside (0, 1), got {confidence}")
     mean = float(array.mean())
     if np.ptp(array) == 0:
         return Interval(mean, mean, mean)

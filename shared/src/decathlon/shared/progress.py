@@ -20,10 +20,7 @@ def progress(
     leave: bool = False,
     disable: bool = False,
 ) -> tqdm[Item] | Any:
-    """A tqdm bar on stderr; where stderr is no terminal, a line every ten seconds.
-
-    The arguments are those of tqdm. Without `iterable` the bar is updated by hand.
-    """
+    """A tqdm bar on stderr, with tqdm's arguments; where stderr is no terminal, a line every ten seconds."""
     look: dict[str, Any] = {"desc": desc, "unit": unit, "leave": leave, "disable": disable}
     if sys.stderr.isatty():
         return tqdm(iterable, total=total, dynamic_ncols=True, mininterval=0.2, **look)

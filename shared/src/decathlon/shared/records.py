@@ -146,25 +146,19 @@ def _read(path: Path, kind: type[Line]) -> list[Line]:
 def results_table(records: Sequence[Record], fmt: str = "simple") -> str:
     """A row a method, a column a metric, cells "mean [low, high]", for each experiment a block of rows.
 
-    Args:
-        records: What to show.
-        fmt: A format of tabulate; with "github" the best cell of each experiment and metric is bold.
+    `fmt` is a format of tabulate; with "github" the best cell of each experiment and metric is bold.
     """
     experiments = list(dict.fromkeys(record.experiment for record in records))
     metrics = list(dict.fromkeys(record.metric for record in records))
-    rivals: dict[tuple[str, str], list[Record]] = {}
+    rivals: dict[tuple[str, str], list[float]] = {}
     for record in records:
-        if record.higher_is_better is not None:
-            rivals.setdefault((record.experiment, record.metric), []).append(record)
-    best = [
-        max(group, key=lambda r: r.value if r.higher_is_better else -r.value)
-        for group in rivals.values()
-        if len(group) > 1
-    ]
+        rivals.setdefault((record.experiment, record.metric), []).append(record.value)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for record in records:
+        values = rivals[record.experiment, record.metric]
+        best = {True: max(values), False: min(values), None: None}[record.higher_is_better]
+        bold = fmt == "github" and len(values) > 1 and record.value == best
         text = f"{record.value:.4g} [{record.low:.4g}, {record.high:.4g}]"
-        bold = fmt == "github" and any(record is winner for winner in best)
         rows.setdefault((record.experiment, record.method), {})[record.metric] = f"**{text}**" if bold else text
     first = 0 if len(experiments) > 1 else 1  # one experiment alone needs no column
     order = sorted(rows, key=lambda row: experiments.index(row[0]))

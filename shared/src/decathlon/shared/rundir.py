@@ -1,10 +1,11 @@
 """A directory that says what was run, with what, and what came of it."""
 
 import dataclasses
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,9 @@ class RunDirectory:
     """`config.yaml`, `environment.json`, `metrics.jsonl`, `records.jsonl`, `claims.jsonl` and `figures/`.
 
     Args:
-        path: The directory; made if it does not exist.
+        path: The directory, kept as `.path`; made if it does not exist. Figures belong in `.figures`.
         config: A dataclass or mapping of plain values, written to `config.yaml`.
         resume: Go on in a directory that already holds a run of the same config.
-
-    Attributes:
-        path: The directory.
-        figures: The directory for figures.
 
     Raises:
         UserError: If the directory holds something else, another run, or a run of the same config without `resume`.
@@ -35,7 +32,7 @@ class RunDirectory:
     def __init__(self, path: str | Path, config: Any = None, resume: bool = False) -> None:
         self.path = Path(path)
         self.figures = self.path / "figures"
-        values, written = _plain(config) or {}, self.path / "config.yaml"
+        values, written = _plain(config), self.path / "config.yaml"
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, not a directory: choose another output")
         if written.exists():
@@ -82,12 +79,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as what YAML can hold."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, os.PathLike) else value
+def _plain(config: Any) -> dict[str, Any]:
+    """A dataclass or mapping as what YAML can hold: tuples become lists, paths text."""
+    values = dict(config or {}) if config is None or isinstance(config, Mapping) else dataclasses.asdict(config)
+    return json.loads(json.dumps(values, default=os.fspath))

@@ -7,11 +7,7 @@ import numpy as np
 
 
 def seed_everything(seed: int) -> np.random.Generator:
-    """Seed `random`, numpy's global state and, if it is loaded, torch; return a numpy generator of the same seed.
-
-    Raises:
-        ValueError: Unless 0 <= seed < 2**32.
-    """
+    """Seed `random`, numpy's global state and a loaded torch with 0 <= seed < 2**32; return a numpy generator of it."""
     np.random.seed(seed)
     random.seed(seed)
     if (torch := sys.modules.get("torch")) is not None:

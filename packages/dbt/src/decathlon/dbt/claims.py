@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from decathlon.dbt.protocol import BASELINES, LABELS, Cell, Recipe
 from decathlon.shared.intervals import bootstrap_mean, paired_difference
@@ -19,6 +20,7 @@ from decathlon.shared.records import Claim
 
 Results = Mapping[Cell, Mapping[str, Any]]
 Interval = tuple[float, float, float]
+Array = NDArray[np.float64]
 
 _MARGIN = 0.95  # "at least 5 % under"
 _COVERAGE = (0.90, 0.98)  # what counts as coverage of 95 % intervals
@@ -41,27 +43,20 @@ def judge(recipe: Recipe, results: Results) -> list[Claim]:
     return claims
 
 
-def paired_crps(
-    results: Results, dataset: str, missing: float, first: str, second: str, factor: float = 1.0
-) -> Interval | None:
-    """Mean and interval of CRPS(first) - factor * CRPS(second) over the rows that both were sampled on.
-
-    None if there are no such rows.
-    """
+def paired_crps(results: Results, dataset: str, missing: float, first: str, second: str) -> tuple[Array, Array]:
+    """CRPS of two methods for the rows that both were sampled on, split after split; empty if there are none."""
     a: list[float] = []
     b: list[float] = []
     for cell in sorted(results):
-        if (cell.dataset, cell.missing, cell.method) != (dataset, missing, first):
-            continue
         other = results.get(replace(cell, method=second))
-        if other is None:
+        if (cell.dataset, cell.missing, cell.method) != (dataset, missing, first) or other is None:
             continue
         crps = dict(zip(other["rows"], other["crps"], strict=True))
         for row, value in zip(results[cell]["rows"], results[cell]["crps"], strict=True):
             if row in crps:
                 a.append(value)
-                b.append(factor * crps[row])
-    return paired_difference(np.array(a), np.array(b)) if a else None
+                b.append(crps[row])
+    return np.array(a), np.array(b)
 
 
 class _Maker:
@@ -101,15 +96,16 @@ class _Maker:
 
     def _below(self, claim: str, first: str, second: str, factor: float = 1.0) -> Claim:
         """The claim that the CRPS of one method is under `factor` times that of another."""
-        interval = paired_crps(self._results, self._dataset, self._missing, first, second, factor)
-        if interval is None:
+        a, b = paired_crps(self._results, self._dataset, self._missing, first, second)
+        if not len(a):
             absent = LABELS[second] if first in self._methods else LABELS[first]
             return self._claim(claim, f"{absent} was not run", None, None)
-        ratio = np.mean(self._values(first, "crps")) / np.mean(self._values(second, "crps"))
+        interval = paired_difference(a, factor * b)
         scaled = f"{factor:g} x " if factor != 1 else ""
         return self._claim(
             claim,
-            f"CRPS {LABELS[first]} - {scaled}{LABELS[second]}: {_show(interval)} (ratio of means {ratio:.3f})",
+            f"CRPS {LABELS[first]} - {scaled}{LABELS[second]}: {_show(interval)} on {len(a)} rows "
+            f"({a.mean():.4g} against {b.mean():.4g})",
             interval,
             interval[2] < 0,
         )
@@ -131,8 +127,8 @@ class _Maker:
 
     def _upper(self, method: str, rival: str) -> float:
         """Upper end of the difference of CRPS."""
-        interval = paired_crps(self._results, self._dataset, self._missing, method, rival)
-        return -np.inf if interval is None else interval[2]
+        a, b = paired_crps(self._results, self._dataset, self._missing, method, rival)
+        return paired_difference(a, b)[2] if len(a) else -np.inf
 
     def coverage(self) -> Iterator[Claim]:
         """95 % intervals that hold what they promise."""

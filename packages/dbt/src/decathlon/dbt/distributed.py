@@ -21,6 +21,8 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -51,7 +53,7 @@ from decathlon.shared.progress import progress
 Array = NDArray[np.float64]
 Codes = NDArray[np.unsignedinteger[Any]]
 Edges = NDArray[np.float32] | None
-Estimator = TypeVar("Estimator", DBTRegressor, DBTClassifier)
+Estimator = TypeVar("Estimator", bound=DBTRegressor | DBTClassifier)
 
 _SAMPLE_ROWS = 20_000  # rows that the bins are found from
 _FAN_IN = 8  # results of partitions that one task merges
@@ -65,11 +67,12 @@ _PURPOSES = ("sample", "folds", "noise", "residuals", "edges")
 def fit_dask(estimator: Estimator, X: Any, y: Any, *, client: Any = None, sample_weight: Any = None) -> Estimator:
     """Fit an estimator on dask collections, rows in parallel over the workers.
 
-    The result is an ordinary fitted estimator: it samples, saves and loads without dask. Its covariates are read
-    twice, so persist them first where reading is dear and memory is not. After that the workers hold, for each row,
-    one byte a covariate and some 20 bytes an output, and during a step that much again beside XGBoost's own binned
-    copy; a task works on one partition. To this process come only trees, bins and scalars. `n_jobs` is not used:
-    XGBoost takes the threads of each worker. A worker that is lost ends the fit with an error.
+    The result is an ordinary fitted estimator: it samples, saves and loads without dask. The collections are read
+    twice (more often for categories that no type tells, or classes), so persist them first where reading is dear and
+    memory is not. After that the workers hold, for each row, one byte a covariate and some 20 bytes an output, and
+    during a step that much again beside XGBoost's own binned copy; every other task holds one partition. To this
+    process come only trees, bins and scalars. `n_jobs` is not used: XGBoost takes the threads of each worker. A
+    worker that is lost ends the fit with an error.
 
     Args:
         estimator: With `backend="xgboost"`, and `mean_estimator` None or "zero".
@@ -95,14 +98,13 @@ def fit_dask(estimator: Estimator, X: Any, y: Any, *, client: Any = None, sample
     seed, sample_seed = (int(rng.randint(2**31 - 1)) for _ in range(2))
 
     # what the collections hold: one pass that keeps a sample of the rows
-    collections = {"X": X, "y": y} | ({} if sample_weight is None else {"sample_weight": sample_weight})
-    blocks = cluster.blocks(collections)
+    blocks = cluster.blocks(X, y, sample_weight)
     categories = _categories(cluster, X, blocks, estimator.categorical_features)
     classes = _classes(cluster, y, blocks) if isinstance(estimator, DBTClassifier) else None
-    source = _Source(categories, classes)
+    source = cluster.share(_Source(categories, classes))
     _set_features(estimator, cluster, X, categories)
     summary = cluster.merge(_merge_summaries, cluster.read(_summarize, blocks, source=source, seed=seed))
-    found = cluster.call(_learn, summary, categories=categories, max_bin=estimator.max_bin).result()
+    found: _Found = cluster.call(_learn, summary, categories=categories, max_bin=estimator.max_bin).result()
     del summary
     n = sum(found.rows)
     if n < 2:
@@ -131,6 +133,7 @@ def fit_dask(estimator: Estimator, X: Any, y: Any, *, client: Any = None, sample
         n_folds=n_folds or round(1 / HOLDOUT),
         seed=seed,
     )
+    del source
     kept = [i for i, count in enumerate(found.rows) if count]
     rows = _Rows([parts[i] for i in kept], [found.rows[i] for i in kept], found.dtype, sample_weight is not None)
     del parts
@@ -148,11 +151,11 @@ def fit_dask(estimator: Estimator, X: Any, y: Any, *, client: Any = None, sample
         models, coded = _fit_mean(cluster, rows, found, n_folds, x_form, categorical, n_classes, bounds, seed)
     parts = cluster.map(_with_mean, rows.parts, models=cluster.share(coded))
     residuals = cluster.merge(_merge_residuals, cluster.map(_residuals, parts, seed=seed))
-    residual_variance = cluster.call(_residual_variance, residuals).result()
+    learned: tuple[Array, list[Edges]] = cluster.call(_learn_mean, residuals, max_bin=estimator.max_bin).result()
+    residual_variance, mean_edges = learned
 
     # the trees
     n_noise = auto_n_noise(n) if estimator.n_noise == "auto" else int(estimator.n_noise)
-    mean_edges = cluster.call(_mean_edges, residuals, max_bin=estimator.max_bin).result()
     parts = cluster.map(_replicate, parts, edges=mean_edges, n_noise=n_noise)
     rows = rows._replace(parts=parts, counts=[n_noise * count for count in rows.counts])
     config = ChainConfig(
@@ -175,6 +178,7 @@ def fit_dask(estimator: Estimator, X: Any, y: Any, *, client: Any = None, sample
     estimator.n_noise_, estimator.sample_seed_ = n_noise, sample_seed
     estimator._n_outputs = d
     if isinstance(estimator, DBTClassifier):
+        assert classes is not None
         estimator.classes_, estimator.temperature_ = classes, float(estimator.temperature)
     else:
         estimator._center, estimator._scale, estimator._flat = center, scale, y.ndim == 1
@@ -209,43 +213,47 @@ class _Cluster:
 
     def __init__(self, client: Any) -> None:
         try:
-            import dask
             import dask.array
             import dask.dataframe
             import distributed
             import xgboost.dask
+            from dask.delayed import delayed
         except ImportError as error:
             raise ImportError(
                 f"fit_dask needs dask and xgboost ({error}): pip install 'decathlon-dbt[dask]'"
             ) from error
-        self._array, self._frame = dask.array, dask.dataframe
-        self._delayed, self._xgboost = dask.delayed, xgboost.dask
+        self._array, self._frame, self._xgboost = dask.array, dask.dataframe, xgboost.dask
+        self._delayed = delayed
         try:
             self.client = distributed.get_client() if client is None else client
         except ValueError as error:
             raise ValueError("no dask client: make one, dask.distributed.Client(), or give client=") from error
+        if self.client.asynchronous:
+            raise ValueError("client is asynchronous: fit_dask waits for its results")
 
-    def blocks(self, collections: Mapping[str, Any]) -> list[list[Any]]:
+    def blocks(self, X: Any, y: Any, sample_weight: Any) -> list[list[Any]]:
         """The partitions, a list [X, y(, sample_weight)] for each, still to be read."""
-        columns = []
-        for name, collection in collections.items():
-            if isinstance(collection, self._array.Array):
-                collection = collection.rechunk({1: -1}) if collection.ndim == 2 else collection
-                columns.append(list(collection.to_delayed().ravel()))
-            elif isinstance(collection, (self._frame.DataFrame, self._frame.Series)):
-                columns.append(collection.to_delayed())
-            else:
+        columns: list[list[Any]] = []
+        for name, collection, shapes in (("X", X, [2]), ("y", y, [1, 2]), ("sample_weight", sample_weight, [1])):
+            if collection is None and name == "sample_weight":
+                continue
+            if not isinstance(collection, (self._array.Array, self._frame.DataFrame, self._frame.Series)):
                 raise TypeError(
                     f"{name} must be a dask array, series or data frame, got {type(collection).__name__}: for data in "
                     "memory call the estimator's fit"
                 )
-            if collection.ndim > 2 or (name == "X" and collection.ndim < 2) or (name[0] == "s" and collection.ndim > 1):
-                raise ValueError(f"{name} has {collection.ndim} dimensions")
+            if collection.ndim not in shapes:
+                raise ValueError(f"{name} must have {shapes} dimensions, got {collection.ndim}")
+            if isinstance(collection, self._array.Array):
+                whole = collection.rechunk({1: -1}) if collection.ndim == 2 else collection
+                columns.append(whole.to_delayed().ravel().tolist())
+            else:
+                columns.append(collection.to_delayed())
             if len(columns[-1]) != len(columns[0]):
                 raise ValueError(
                     f"X and {name} are partitioned differently: {len(columns[0])} and {len(columns[-1])} partitions"
                 )
-        return [list(row) for row in zip(*columns, strict=True)]
+        return [list(block) for block in zip(*columns, strict=True)]
 
     def is_frame(self, collection: Any) -> bool:
         return isinstance(collection, self._frame.DataFrame)
@@ -273,19 +281,12 @@ class _Cluster:
         return self.client.scatter([value], hash=False)[0]
 
     def array(
-        self,
-        function: Callable[..., Any],
-        parts: Sequence[Any],
-        counts: Sequence[int],
-        width: int | None,
-        dtype: Any,
-        **options: Any,
+        self, futures: Sequence[Any], rows: Sequence[int], width: int | None = None, dtype: Any = np.float32
     ) -> Any:
-        """Dask array of `function(part, **options)`, one block a partition, (n,) or (n, width)."""
-        task = self._delayed(function, pure=False)
+        """Dask array with one block a future, (n,) or (n, width)."""
         blocks = [
-            self._array.from_delayed(task(part, **options), (n,) if width is None else (n, width), dtype)
-            for part, n in zip(parts, counts, strict=True)
+            self._array.from_delayed(self._delayed(future), (n,) if width is None else (n, width), dtype)
+            for future, n in zip(futures, rows, strict=True)
         ]
         return self._array.concatenate(blocks)
 
@@ -295,9 +296,7 @@ class _Cluster:
 
     def train(self, params: Mapping[str, Any], data: Any, rounds: int, **options: Any) -> tuple[Any, Any]:
         """A booster and its history."""
-        # without a number of threads XGBoost takes those of the worker
-        params = {name: value for name, value in params.items() if name != "nthread"}
-        result = self._xgboost.train(self.client, params, data, rounds, verbose_eval=False, **options)
+        result = self._xgboost.train(self.client, dict(params), data, rounds, verbose_eval=False, **options)
         return result["booster"], result["history"]
 
 
@@ -349,7 +348,7 @@ def _categories(cluster: _Cluster, X: Any, blocks: Sequence[Sequence[Any]], feat
     """The categorical columns and their categories, known from the types or gathered from the partitions."""
     if cluster.is_frame(X):
         for position, dtype in enumerate(X.dtypes):
-            if isinstance(dtype, pd.CategoricalDtype) and not X.iloc[:, position].cat.known:
+            if isinstance(dtype, pd.CategoricalDtype) and not X[X.columns[position]].cat.known:
                 name = X.columns[position]
                 raise ValueError(f"column {name!r} of X has unknown categories: X = X.categorize(columns=[{name!r}])")
         empty = X._meta
@@ -377,7 +376,7 @@ def _merge_values(parts: Iterable[list[list[Any]]]) -> list[list[Any]]:
 def _classes(cluster: _Cluster, y: Any, blocks: Sequence[Sequence[Any]]) -> NDArray:
     """The class labels in order."""
     if y.ndim != 1:
-        raise ValueError(f"y must be (n,) class labels, got {y.ndim} dimensions")
+        raise ValueError(f"y must have 1 dimension, the class labels, got {y.ndim}")
     classes = np.asarray(cluster.merge(_merge_values, cluster.read(_labels, blocks)).result()[0])
     if len(classes) < 2:
         only = f"one class: {classes[0]!r}" if len(classes) else "none"
@@ -386,6 +385,7 @@ def _classes(cluster: _Cluster, y: Any, blocks: Sequence[Sequence[Any]]) -> NDAr
 
 
 def _labels(number: int, x: Any, y: Any, weight: Any = None) -> list[list[Any]]:
+    _check_rows(number, x, y, weight)
     labels = np.asarray(y)
     if pd.isna(labels).any():
         raise ValueError(f"Input y contains NaN (partition {number}).")
@@ -405,29 +405,43 @@ def _set_features(estimator: Any, cluster: _Cluster, X: Any, categories: dict[in
     validate_data(estimator, empty, reset=True, skip_check_array=True)
 
 
+def _check_rows(number: int, x: Any, y: Any, weight: Any) -> None:
+    for name, other in (("y", y), ("sample_weight", weight)):
+        if other is not None and len(other) != len(x):
+            raise ValueError(
+                f"X and {name} are partitioned differently: {len(x)} and {len(other)} rows (partition {number})"
+            )
+
+
 def _read(number: int, x: Any, y: Any, weight: Any, source: _Source) -> tuple[Array, Array, Array | None]:
     """Covariates (n, p), response (n, d) and weights (n,) of a partition, without rows of weight zero."""
     where = f"(partition {number})"
-    for name, other in (("y", y), ("sample_weight", weight)):
-        if other is not None and len(other) != len(x):
-            raise ValueError(f"X and {name} are partitioned differently: {len(x)} and {len(other)} rows {where}")
+    _check_rows(number, x, y, weight)
     x = np.asarray(ColumnEncoder.encode(x, source.categories), np.float64)
     if np.isinf(x).any():
         raise ValueError(f"Input X contains infinity or a value too large for dtype('float64') {where}.")
     if weight is not None:
-        weight = np.asarray(weight, np.float64)
+        weight = _numbers(weight)
         if not (np.isfinite(weight) & (weight >= 0)).all():
             raise ValueError(f"sample_weight must be finite and not negative {where}")
         x, y, weight = x[weight > 0], np.asarray(y)[weight > 0], weight[weight > 0]
     if source.classes is not None:
-        one_hot = np.eye(len(source.classes))[np.searchsorted(source.classes, np.asarray(y))]
+        label = np.searchsorted(source.classes, np.asarray(y).astype(source.classes.dtype))
+        one_hot = np.eye(len(source.classes))[label]
         return x, one_hot[:, 1:] if len(source.classes) == 2 else one_hot, weight
-    y = np.asarray(y, np.float64)
+    y = _numbers(y)
     if np.isnan(y).any():
         raise ValueError(f"Input y contains NaN {where}.")
     if np.isinf(y).any():
         raise ValueError(f"Input y contains infinity or a value too large for dtype('float64') {where}.")
-    return x, y.reshape(len(y), -1) if y.ndim == 1 else y, weight
+    return x, y[:, None] if y.ndim == 1 else y, weight
+
+
+def _numbers(values: Any) -> Array:
+    """Float64, with NaN for what pandas calls missing."""
+    if isinstance(values, (pd.Series, pd.DataFrame)):
+        return values.to_numpy(np.float64, na_value=np.nan)
+    return np.asarray(values, np.float64)
 
 
 def _summarize(number: int, x: Any, y: Any, weight: Any = None, *, source: _Source, seed: int) -> _Summary:
@@ -499,7 +513,7 @@ def _find_edges(column: Array, max_bin: int) -> NDArray[np.float32]:
     values = np.unique(column)
     if len(values) > max_bin:
         values = np.unique(np.quantile(column, np.arange(max_bin) / max_bin, method="inverted_cdf"))
-    return values[1:]
+    return np.asarray(values[1:], np.float32)
 
 
 def _codes(columns: Array, edges: Sequence[Edges], dtype: Any) -> Codes:
@@ -513,13 +527,13 @@ def _codes(columns: Array, edges: Sequence[Edges], dtype: Any) -> Codes:
     return codes
 
 
-def _floats(codes: Codes) -> NDArray[np.float32]:
+def _floats(codes: Codes) -> Array:
     """Codes as trees read them: NaN for the missing ones."""
-    return np.where(codes == np.iinfo(codes.dtype).max, np.float32(np.nan), codes.astype(np.float32))
+    return np.where(codes == np.iinfo(codes.dtype).max, np.nan, codes.astype(np.float64))
 
 
 def _with_thresholds(booster: Any, edges: Sequence[Edges]) -> Any:
-    """A booster on codes as a booster on values, for the columns that have edges.
+    """A booster on codes as a booster on values; columns without edges are categorical.
 
     XGBoost goes left if the code is below the condition, an integer c but for the two ends: that is, if the value is
     below the lower edge of bin c. At the ends only missing values are split off.
@@ -534,10 +548,8 @@ def _with_thresholds(booster: Any, edges: Sequence[Edges]) -> Any:
             if child == -1 or is_set or cuts is None:
                 continue
             code = math.ceil(conditions[node])
-            if code < 1:
-                conditions[node] = -_LARGEST
-            else:
-                conditions[node] = float(cuts[code - 1]) if code <= len(cuts) else _LARGEST
+            inside = 1 <= code <= len(cuts)
+            conditions[node] = float(cuts[code - 1]) if inside else math.copysign(_LARGEST, code - 1)
     result = import_xgboost().Booster()
     result.load_model(bytearray(json.dumps(model), "utf-8"))
     return result
@@ -565,7 +577,7 @@ class _Part(NamedTuple):
     codes: Codes
     y0: Array
     weight: Array | None
-    fold: NDArray[np.int64] | None
+    fold: NDArray[np.int32] | None
     prior_mean: Array | None = None
 
 
@@ -590,13 +602,13 @@ def _encode(
         codes=_codes(x, found.edges, found.dtype),
         y0=(y - center) / scale,
         weight=None if weight is None else weight * (sum(found.rows) / found.weight),
-        fold=(before + _stream(seed, number, "folds").permutation(len(x))) % n_folds,
+        fold=((before + _stream(seed, number, "folds").permutation(len(x))) % n_folds).astype(np.int32),
     )
 
 
 def _with_mean(part: _Part, models: Sequence[MeanModel]) -> _Part:
     """Adds f: of the model that has not seen the row, or of the only one."""
-    x = _floats(part.codes).astype(np.float64)
+    x = _floats(part.codes)
     assert part.fold is not None
     if len(models) == 1:
         return part._replace(prior_mean=models[0].predict(x))
@@ -608,7 +620,7 @@ def _with_mean(part: _Part, models: Sequence[MeanModel]) -> _Part:
     return part._replace(prior_mean=prior_mean)
 
 
-def _replicate(part: _Part, edges: Sequence[NDArray[np.float32]], n_noise: int) -> _Part:
+def _replicate(part: _Part, edges: Sequence[Edges], n_noise: int) -> _Part:
     """Adds the codes of f and copies the rows for every draw of y_t."""
     assert part.prior_mean is not None
     codes = np.column_stack([part.codes, _codes(part.prior_mean, edges, part.codes.dtype)])
@@ -648,13 +660,11 @@ def _merge_residuals(parts: Sequence[_Residuals]) -> _Residuals:
     )
 
 
-def _residual_variance(residuals: _Residuals) -> Array:
-    return np.maximum(residuals.squared / residuals.weight, _TINY)
-
-
-def _mean_edges(residuals: _Residuals, max_bin: int) -> list[NDArray[np.float32]]:
+def _learn_mean(residuals: _Residuals, max_bin: int) -> tuple[Array, list[Edges]]:
+    """Residual variance (d,) and the bins of f."""
     _, prior_mean = np.hsplit(residuals.sample, 2)
-    return [_find_edges(column, max_bin) for column in prior_mean.T]
+    variance = np.maximum(residuals.squared / residuals.weight, _TINY)
+    return variance, [_find_edges(column, max_bin) for column in prior_mean.T]
 
 
 # -- f --------------------------------------------------------------------------------------------------------------
@@ -679,16 +689,16 @@ def _fit_mean(
     params = xgboost_mean_params(sum(rows.counts), n_classes, seed) | {"max_bin": form["max_bin"]}
     # where XGBoost would start is a sum that depends on the workers; a standardized response starts at 0
     params["base_score"] = 0.0 if n_classes is None else float(found.mean[0]) if n_classes == 2 else 0.5
-    features = cluster.client.persist(cluster.array(_codes_of, rows.parts, rows.counts, len(found.edges), rows.dtype))
+    features = cluster.array(cluster.map(attrgetter("codes"), rows.parts), rows.counts, len(found.edges), rows.dtype)
     fitted, curves = [], []
     for k in range(n_folds or 1):
         train, held_out = (
-            cluster.array(_fold_weight, rows.parts, rows.counts, None, np.float32, fold=k, held_out=side)
+            cluster.array(cluster.map(_fold_weight, rows.parts, fold=k, held_out=side), rows.counts)
             for side in (False, True)
         )
         boosters, losses = [], []
         for j in range(len(found.mean) if n_classes is None else 1):
-            label = cluster.array(_label, rows.parts, rows.counts, None, np.float32, output=j, n_classes=n_classes)
+            label = cluster.array(cluster.map(_label, rows.parts, output=j, n_classes=n_classes), rows.counts)
             data = cluster.matrix(features, label, weight=train, **form)
             check = cluster.matrix(features, label, weight=held_out, ref=data, **form)
             options = {"evals": [(check, "check")], "early_stopping_rounds": PATIENCE}
@@ -753,37 +763,35 @@ def _fit_steps(
         reg_lambda=config.reg_lambda,
         max_bin=form["max_bin"],
         seed=config.seed,
-        params=config.tree_params,
+        params={"nthread": 0, **(config.tree_params or {})},  # all threads of a worker
     )
     constants = {"chain": cluster.share(chain)}
-    weight = cluster.array(_weight, rows.parts, rows.counts, None, np.float32) if rows.weighted else None
+    weight = cluster.array(cluster.map(attrgetter("weight"), rows.parts), rows.counts) if rows.weighted else None
     trees: dict[int, list[FlatTree]] = {}
     above = None
     for t in progress(range(chain.schedule.n_steps, 0, -1), desc="trees", unit="step", disable=not verbose):
         y_edges = cluster.call(_state_edges, residuals, t, **constants)
         noisy = cluster.map(_draw, rows.parts, t=t, edges=y_edges, above=above, **constants)
-        codes = cluster.array(_codes_of, noisy, rows.counts, d + len(edges), rows.dtype)
-        codes = cluster.client.persist(codes)
-        boosters = []
-        for j in range(d):
-            target = cluster.array(_target, noisy, rows.counts, None, np.float32, output=j)
-            boosters.append(cluster.train(params, cluster.matrix(codes, target, weight=weight, **form), 1)[0])
-        # the workers have y_t itself, but only the codes of x and f
-        cuts = y_edges.result()
-        partly = [read_xgboost_tree(_with_thresholds(b, cuts + [None] * len(edges)), d) for b in boosters]
+        codes = cluster.array(cluster.map(attrgetter("codes"), noisy), rows.counts, d + len(edges), rows.dtype)
+        target = cluster.array(cluster.map(attrgetter("target"), noisy), rows.counts, d)
+        boosters = [
+            cluster.train(params, cluster.matrix(codes, target[:, j], weight=weight, **form), 1)[0] for j in range(d)
+        ]
+        on_codes = [read_xgboost_tree(booster, d) for booster in boosters]
         if config.leaf_variance:
-            errors = cluster.map(_leaf_errors, rows.parts, noisy, t=t, trees=cluster.share(partly), **constants)
+            errors = cluster.map(_leaf_errors, rows.parts, noisy, t=t, trees=cluster.share(on_codes), **constants)
             sums = cluster.merge(_add, errors).result()
-            partly = [
-                tree.replace(leaf_variance=total / np.maximum(count, np.finfo(float).tiny))
-                for tree, (total, count) in zip(partly, sums, strict=True)
+            on_codes = [
+                replace(tree, leaf_variance=total / np.maximum(count, np.finfo(float).tiny))
+                for tree, (total, count) in zip(on_codes, sums, strict=True)
             ]
+        cuts = [*y_edges.result(), *edges]
         trees[t] = [
-            read_xgboost_tree(_with_thresholds(b, [*cuts, *edges]), d).replace(leaf_variance=tree.leaf_variance)
-            for b, tree in zip(boosters, partly, strict=True)
+            replace(read_xgboost_tree(_with_thresholds(booster, cuts), d), leaf_variance=tree.leaf_variance)
+            for booster, tree in zip(boosters, on_codes, strict=True)
         ]
         if config.trajectory == "sequential":
-            above = cluster.share(partly)
+            above = cluster.share((on_codes, cuts[:d]))
     return [tree for t in sorted(trees) for tree in trees[t]]
 
 
@@ -794,8 +802,14 @@ def _state_edges(residuals: _Residuals, t: int, chain: _Chain) -> list[Edges]:
     return [_find_edges(y, chain.config.max_bin) for y in chain.schedule.forward(y0, prior_mean, t, noise).T]
 
 
-def _draw(part: _Part, t: int, edges: Sequence[Edges], above: Sequence[FlatTree] | None, chain: _Chain) -> _Noisy:
-    """y_t and the targets of a partition; with the trees of step t + 1 `above`, y_t is what they make."""
+def _draw(
+    part: _Part,
+    t: int,
+    edges: Sequence[Edges],
+    above: tuple[Sequence[FlatTree], Sequence[Edges]] | None,
+    chain: _Chain,
+) -> _Noisy:
+    """y_t and the targets of a partition; with the trees and bins of step t + 1 `above`, y_t is what they make."""
     schedule, config, s2 = chain
     y0, f = part.y0, part.prior_mean
     assert f is not None
@@ -806,9 +820,10 @@ def _draw(part: _Part, t: int, edges: Sequence[Edges], above: Sequence[FlatTree]
         y = schedule.forward(y0, f, t, noise)
     else:
         start = schedule.forward(y0, f, t + 1, noise)
-        leaf = _leaves(above, start, part)
-        said = np.column_stack([tree.leaf_value[i] for tree, i in zip(above, leaf, strict=True)])
-        extra = np.column_stack([tree.leaf_variance[i] for tree, i in zip(above, leaf, strict=True)])
+        trees, start_edges = above
+        leaf = _leaves(trees, np.column_stack([_codes(start, start_edges, part.codes.dtype), part.codes]))
+        said = np.column_stack([tree.leaf_value[i] for tree, i in zip(trees, leaf, strict=True)])
+        extra = np.column_stack([tree.leaf_variance[i] for tree, i in zip(trees, leaf, strict=True)])
         z = rng.standard_normal(noise.shape)
         y = schedule.reverse_step(said, start, f, t + 1, z, config.prediction_type, s2, extra)
     target = schedule.target(y0, y, f, t, config.prediction_type, s2)
@@ -819,10 +834,10 @@ def _draw(part: _Part, t: int, edges: Sequence[Edges], above: Sequence[FlatTree]
     )
 
 
-def _leaves(trees: Sequence[FlatTree], y: Array, part: _Part) -> list[NDArray[np.int64]]:
-    """Leaf of every row under trees on y_t and the codes of [x, f]."""
-    x = _floats(part.codes)
-    return [tree.leaf(y, x) for tree in trees]
+def _leaves(trees: Sequence[FlatTree], codes: Codes) -> list[NDArray[np.int64]]:
+    """Leaf of every row under trees on codes."""
+    x = _floats(codes)
+    return [tree.leaf(x[:, : len(trees)], x[:, len(trees) :]) for tree in trees]
 
 
 def _leaf_errors(part: _Part, noisy: _Noisy, t: int, trees: Sequence[FlatTree], chain: _Chain) -> list[Array]:
@@ -830,27 +845,15 @@ def _leaf_errors(part: _Part, noisy: _Noisy, t: int, trees: Sequence[FlatTree], 
     schedule, config, s2 = chain
     assert part.prior_mean is not None
     sums = []
-    for j, (tree, leaf) in enumerate(zip(trees, _leaves(trees, noisy.y, part), strict=True)):
+    for j, (tree, leaf) in enumerate(zip(trees, _leaves(trees, noisy.codes), strict=True)):
         y0_hat = schedule.reconstruct(
             tree.leaf_value[leaf], noisy.y[:, j], part.prior_mean[:, j], t, config.prediction_type, s2[j]
         )
         error = (part.y0[:, j] - y0_hat) ** 2 * (1.0 if part.weight is None else part.weight)
-        sums.append(np.stack([np.bincount(leaf, w, tree.n_leaves) for w in (error, part.weight)]))
+        count = np.bincount(leaf, part.weight, tree.n_leaves)
+        sums.append(np.stack([np.bincount(leaf, error, tree.n_leaves), count.astype(np.float64)]))
     return sums
 
 
 def _add(parts: Sequence[list[Array]]) -> list[Array]:
     return [np.sum(arrays, axis=0) for arrays in zip(*parts, strict=True)]
-
-
-def _codes_of(rows: _Part | _Noisy) -> Codes:
-    return rows.codes
-
-
-def _target(noisy: _Noisy, output: int) -> NDArray[np.float32]:
-    return noisy.target[:, output]
-
-
-def _weight(part: _Part) -> NDArray[np.float32]:
-    assert part.weight is not None
-    return part.weight.astype(np.float32)

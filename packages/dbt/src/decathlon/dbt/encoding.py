@@ -64,12 +64,13 @@ class ColumnEncoder:
             A data frame of numbers with the same column names, or an array.
 
         Raises:
-            ValueError: If a column of strings is not categorical.
+            ValueError: If a column of a data frame holds no numbers and is not categorical.
         """
         if not isinstance(x, pd.DataFrame):
             if not categories:
                 return x
-            encoded = np.array(x, np.float64)
+            x = np.asarray(x)
+            encoded = np.array(x, np.float64 if x.dtype.kind in "fiub" else object)
             for position, known in categories.items():
                 encoded[:, position] = _codes(_column(x, position), known)
             return encoded
@@ -80,7 +81,8 @@ class ColumnEncoder:
                 columns.append(_codes(column, categories[position]))
                 continue
             if isinstance(column.dtype, pd.CategoricalDtype):
-                column = column.astype(column.cat.categories.dtype)
+                numeric = pd.api.types.is_numeric_dtype(column.cat.categories.dtype)
+                column = column.astype(np.float64 if numeric else object)
             if not (pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_bool_dtype(column.dtype)):
                 raise ValueError(
                     f"column {x.columns[position]!r} has dtype {column.dtype}, which is no number: cast to category "

@@ -2,279 +2,27 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
-from os import PathLike
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.utils import check_random_state
+from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted, validate_data
+from sklearn.utils.validation import check_array, check_is_fitted
 
-from decathlon.dbt.backends import BACKENDS
-from decathlon.dbt.checkpoint import FitCheckpoint, identify
+from decathlon.dbt.base import TINY, DBTBase, check_coverage, drop_unweighted
 from decathlon.dbt.conformal import conformal_margin, conformal_widen
 from decathlon.dbt.deferral import DeferralDecision, DeferralPolicy
-from decathlon.dbt.encoding import ColumnEncoder
-from decathlon.dbt.mean import fit_mean, mean_prediction
+from decathlon.dbt.mean import ZeroMean, mean_prediction
 from decathlon.dbt.metrics import nll_kde
-from decathlon.dbt.objectives import PREDICTION_TYPES, DiffusionSchedule, class_probabilities, vote_shares
-from decathlon.dbt.sampler import ChainSampler
-from decathlon.dbt.serialize import load, save
-from decathlon.dbt.trainer import TRAJECTORIES, ChainConfig, ChainData, auto_n_noise, fit_steps
+from decathlon.dbt.objectives import class_probabilities, vote_shares
 
 Array = NDArray[np.float64]
 
-SCHEDULES = ("linear", "cosine", "karras")
-REVERSE_VARIANCES = ("leaf", "posterior")
-NOISES = ("independent", "common")
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {},
-    "paper": {
-        "n_steps": 1000,
-        "schedule": "linear",
-        "prediction_type": "y0",
-        "trajectory": "sequential",
-        "reverse_variance": "posterior",
-        "mean_cv": None,
-        "min_child_samples": 1,
-    },
-}
-"""Named settings: "fast" are the defaults; "paper" is the setting of arXiv 2406.01813 as far as it is known."""
 
-_TINY = 1e-12  # least residual variance: below it f explains the response to rounding
-
-
-class _DBT(BaseEstimator):
-    """What the regressor and the classifier share: one chain over a standardized response (n, d)."""
-
-    _preset_samples = 1000
-    _encoder: ColumnEncoder
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """An estimator with the parameters of a preset.
-
-        Args:
-            name: "fast" or "paper", see `PRESETS`.
-            **overrides: Parameters that go over those of the preset.
-
-        Raises:
-            ValueError: If there is no such preset.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
-        params = dict(PRESETS[name])
-        if name == "paper":
-            params["n_samples"] = cls._preset_samples
-        return cls(**(params | overrides))
-
-    # -- fit ----------------------------------------------------------------------------------------------------
-
-    def _check_parameters(self) -> None:
-        for name, valid in (
-            ("prediction_type", PREDICTION_TYPES),
-            ("trajectory", TRAJECTORIES),
-            ("reverse_variance", REVERSE_VARIANCES),
-            ("backend", BACKENDS),
-        ):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {list(valid)}, got {getattr(self, name)!r}")
-        if not isinstance(self.schedule, DiffusionSchedule) and self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {list(SCHEDULES)} or a DiffusionSchedule, got {self.schedule!r}")
-        for name, least in (
-            ("n_steps", 1),
-            ("num_leaves", 2),
-            ("min_child_samples", 1),
-            ("max_bin", 2),
-            ("n_samples", 1),
-        ):
-            _check_count(name, getattr(self, name), least)
-        if not (isinstance(self.n_noise, str) and self.n_noise == "auto"):
-            if isinstance(self.n_noise, str):
-                raise ValueError(f"n_noise must be 'auto' or an integer, got {self.n_noise!r}")
-            _check_count("n_noise", self.n_noise, 1)
-        if not self.reg_lambda >= 0:
-            raise ValueError(f"reg_lambda must be at least 0, got {self.reg_lambda}")
-
-    def _make_schedule(self) -> DiffusionSchedule:
-        if isinstance(self.schedule, DiffusionSchedule):
-            return self.schedule
-        if self.schedule == "linear":  # rescaled: every number of steps ends at the noise of the paper's 1000
-            return DiffusionSchedule.linear(self.n_steps, rescale=True)
-        if self.schedule == "cosine":
-            return DiffusionSchedule.cosine(self.n_steps)
-        return DiffusionSchedule.karras(self.n_steps)
-
-    def _encode(self, X: Any, *, reset: bool, **check: Any) -> Any:
-        """Validated float64 covariates, and the response if `check` has y."""
-        if not reset:
-            categories = self._encoder.categories
-        elif isinstance(X, pd.DataFrame):
-            categories = ColumnEncoder.choose_categorical(X, self.categorical_features)
-        elif self.categorical_features is None or isinstance(self.categorical_features, str):
-            categories = ColumnEncoder.choose_categorical(None, self.categorical_features)
-        else:
-            X = np.asarray(X)
-            categories = ColumnEncoder.choose_categorical(X, self.categorical_features) if X.ndim == 2 else {}
-        if isinstance(X, pd.DataFrame) or (categories and np.ndim(X) == 2):
-            if not reset:  # other columns than at fit are refused before any of them is encoded
-                validate_data(self, X, reset=False, skip_check_array=True)
-            X = ColumnEncoder.encode(X, categories)
-        options: dict[str, Any] = {"dtype": np.float64, "ensure_all_finite": "allow-nan"}
-        try:
-            result = validate_data(self, X, reset=reset, **options, **check)
-        except ValueError as error:
-            if "could not convert string" in str(error):
-                raise ValueError(f"{error}: cast to category (a pandas column of dtype 'category')") from error
-            raise
-        x = result[0] if isinstance(result, tuple) else result
-        if np.isinf(x).any():
-            raise ValueError("Input X contains infinity or a value too large for dtype('float64').")
-        if reset:
-            self._encoder = ColumnEncoder.fit(x, categories)
-            return result
-        return self._encoder.fill(x)
-
-    def _fit_chain(self, x: Array, y0: Array, target: NDArray, weight: Array | None, n_classes: int | None) -> Array:
-        """Fit f on `target` and the trees on `y0` (n, d) in standardized units; returns f of the training rows."""
-        rng = check_random_state(self.random_state)
-        seed, self.sample_seed_ = (int(rng.randint(2**31 - 1)) for _ in range(2))
-        checkpoint: FitCheckpoint | None = getattr(self, "_checkpoint", None)
-        if checkpoint:
-            params = {k: v for k, v in self.get_params(deep=False).items() if k not in ("n_jobs", "verbose")}
-            identity = identify(params, x, y0, weight)
-            seed, self.sample_seed_ = checkpoint.seeds(identity, (seed, self.sample_seed_))
-        categorical = tuple(sorted(self._encoder.categories))
-        self.schedule_ = self._make_schedule()
-        mean = checkpoint.load_mean() if checkpoint else None
-        if mean is None:
-            mean = fit_mean(
-                x,
-                target,
-                estimator=self.mean_estimator,
-                n_folds=self.mean_cv,
-                backend=self.backend,
-                categorical=categorical,
-                weight=weight,
-                n_classes=n_classes,
-                seed=seed,
-                n_jobs=self.n_jobs,
-            )
-            if checkpoint:
-                checkpoint.save_mean(*mean)
-        self.mean_models_, prior_mean = mean
-        squared = (y0 - prior_mean) ** 2
-        self.residual_variance_ = np.maximum(np.average(squared, axis=0, weights=weight), _TINY)
-        self.n_noise_ = auto_n_noise(len(x)) if self.n_noise == "auto" else int(self.n_noise)
-        config = ChainConfig(
-            prediction_type=self.prediction_type,
-            trajectory=self.trajectory,
-            leaf_variance=self.reverse_variance == "leaf",
-            n_noise=self.n_noise_,
-            stratified_noise=self.stratified_noise,
-            num_leaves=self.num_leaves,
-            min_child_samples=self.min_child_samples,
-            reg_lambda=self.reg_lambda,
-            max_bin=self.max_bin,
-            tree_params=self.tree_params,
-            backend=self.backend,
-            categorical=categorical,
-            seed=seed,
-        )
-        data = ChainData(x, y0, prior_mean, self.residual_variance_, weight)
-        self.trees_ = fit_steps(
-            self.schedule_, data, config, n_jobs=self.n_jobs, store=checkpoint, verbose=self.verbose
-        )
-        self._n_outputs = y0.shape[1]
-        self._make_sampler()
-        return prior_mean
-
-    def _make_sampler(self) -> None:
-        self._sampler = ChainSampler(
-            self.schedule_,
-            self.trees_,
-            n_outputs=self._n_outputs,
-            prediction_type=self.prediction_type,
-            residual_variance=self.residual_variance_,
-            leaf_variance=self.reverse_variance == "leaf",
-        )
-
-    # -- sample -------------------------------------------------------------------------------------------------
-
-    def _draw(
-        self,
-        x: Array,
-        prior_mean: Array,
-        n_samples: int | None,
-        random_state: Any,
-        noise: str,
-        row_offset: int = 0,
-        return_path: bool = False,
-    ) -> NDArray[np.float32]:
-        """Samples in standardized units, (n, S, d) or (T + 1, n, S, d), for encoded covariates."""
-        n_samples = self.n_samples if n_samples is None else n_samples
-        _check_count("n_samples", n_samples, 1)
-        _check_count("row_offset", row_offset, 0)
-        if noise not in NOISES:
-            raise ValueError(f"noise must be one of {list(NOISES)}, got {noise!r}")
-        return self._sampler.sample(
-            np.column_stack([x, prior_mean]),
-            prior_mean,
-            n_samples=n_samples,
-            seed=self._seed(random_state),
-            antithetic=self.antithetic,
-            common=noise == "common",
-            row_offset=row_offset,
-            return_path=return_path,
-        )
-
-    def _seed(self, random_state: Any) -> int:
-        if random_state is None:
-            return self.sample_seed_
-        if isinstance(random_state, (int, np.integer)) and random_state >= 0:
-            return int(random_state)
-        return int(check_random_state(random_state).randint(2**31 - 1))
-
-    # -- save ---------------------------------------------------------------------------------------------------
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the fitted estimator to a folder: JSON, npz and the libraries' own model files, no pickle.
-
-        Args:
-            path: Folder to write; an earlier model there is replaced as a whole.
-
-        Raises:
-            TypeError: If a part cannot be written without pickle (a foreign `mean_estimator`), naming it.
-            NotFittedError: Before `fit`.
-        """
-        check_is_fitted(self)
-        save(self, Path(path))
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Self:
-        """Read an estimator that `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such folder.
-            ValueError: If the folder holds another class, a newer format, pickled objects or damaged files.
-        """
-        return load(cls, Path(path))
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = True
-        tags.input_tags.categorical = True
-        return tags
-
-
-class DBTRegressor(RegressorMixin, _DBT):
+class DBTRegressor(RegressorMixin, DBTBase):
     """Conditional distribution of one or several responses by Diffusion Boosted Trees.
 
     Learns p(y | x) with no parametric family: a denoising diffusion of y whose denoiser is one decision tree for
@@ -326,53 +74,6 @@ class DBTRegressor(RegressorMixin, _DBT):
         (42, 2)
     """
 
-    def __init__(
-        self,
-        *,
-        n_steps=50,
-        schedule="linear",
-        prediction_type="residual",
-        trajectory="forward",
-        reverse_variance="leaf",
-        n_noise="auto",
-        stratified_noise=True,
-        num_leaves=31,
-        min_child_samples=20,
-        reg_lambda=0.0,
-        max_bin=255,
-        tree_params=None,
-        mean_estimator=None,
-        mean_cv=5,
-        categorical_features="auto",
-        backend="lightgbm",
-        n_samples=100,
-        antithetic=True,
-        random_state=None,
-        n_jobs=1,
-        verbose=0,
-    ):
-        self.n_steps = n_steps
-        self.schedule = schedule
-        self.prediction_type = prediction_type
-        self.trajectory = trajectory
-        self.reverse_variance = reverse_variance
-        self.n_noise = n_noise
-        self.stratified_noise = stratified_noise
-        self.num_leaves = num_leaves
-        self.min_child_samples = min_child_samples
-        self.reg_lambda = reg_lambda
-        self.max_bin = max_bin
-        self.tree_params = tree_params
-        self.mean_estimator = mean_estimator
-        self.mean_cv = mean_cv
-        self.categorical_features = categorical_features
-        self.backend = backend
-        self.n_samples = n_samples
-        self.antithetic = antithetic
-        self.random_state = random_state
-        self.n_jobs = n_jobs
-        self.verbose = verbose
-
     def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Fit the estimate of the mean and the trees of all steps.
 
@@ -389,7 +90,7 @@ class DBTRegressor(RegressorMixin, _DBT):
         y = np.asarray(y, np.float64)
         self._flat = y.ndim == 1
         y = y.reshape(len(y), -1)
-        x, y, weight = _drop_unweighted(x, y, sample_weight)
+        x, y, weight = drop_unweighted(x, y, sample_weight)
         self._center = np.average(y, axis=0, weights=weight)
         self._scale = np.sqrt(np.average((y - self._center) ** 2, axis=0, weights=weight))
         constant = np.ptp(y, axis=0) == 0
@@ -487,7 +188,7 @@ class DBTRegressor(RegressorMixin, _DBT):
         return conformal_widen(interval, margin)
 
     def _interval(self, X: Any, coverage: float, n_samples: int | None, random_state: Any) -> Array:
-        _check_coverage(coverage)
+        check_coverage(coverage)
         check_is_fitted(self)
         levels = [(1 - coverage) / 2, (1 + coverage) / 2]
         return self.predict_quantiles(X, levels, n_samples=n_samples, random_state=random_state)
@@ -549,7 +250,7 @@ class DBTRegressor(RegressorMixin, _DBT):
         return tags
 
 
-class DBTClassifier(ClassifierMixin, _DBT):
+class DBTClassifier(ClassifierMixin, DBTBase):
     """Classification with samples of the class probabilities, and with deferral to a human.
 
     The chain runs over the one-hot response in R^C, around cross-fitted class probabilities f (arXiv 2406.01813;
@@ -635,7 +336,7 @@ class DBTClassifier(ClassifierMixin, _DBT):
         self._check_parameters()
         x, y = self._encode(X, reset=True, y=y, ensure_min_samples=2)
         check_classification_targets(y)
-        x, y, weight = _drop_unweighted(x, y, sample_weight)
+        x, y, weight = drop_unweighted(x, y, sample_weight)
         self.classes_, codes = np.unique(y, return_inverse=True)
         n_classes = len(self.classes_)
         if n_classes < 2:
@@ -662,7 +363,7 @@ class DBTClassifier(ClassifierMixin, _DBT):
 
         def log_loss(log_temperature: float) -> float:
             proba = class_probabilities(y0, float(np.exp(log_temperature))).mean(axis=1)
-            return -float(np.average(np.log(np.maximum(proba[rows, codes], _TINY)), weights=weight))
+            return -float(np.average(np.log(np.maximum(proba[rows, codes], TINY)), weights=weight))
 
         found = minimize_scalar(log_loss, bounds=(np.log(0.02), np.log(20.0)), method="bounded")
         return float(np.exp(found.x))
@@ -677,10 +378,10 @@ class DBTClassifier(ClassifierMixin, _DBT):
         x = self._encode(X, reset=False)
         f = mean_prediction(self.mean_models_, x)
         y0 = self._expand(self._draw(x, f, n_samples, random_state, noise))
-        prior = np.maximum(self._expand(f), 0)
-        total = prior.sum(axis=1, keepdims=True)
         # "zero" as the estimate of the mean says nothing about the classes
-        prior = np.where(total > 0, prior / np.where(total > 0, total, 1), 1 / len(self.classes_))
+        silent = isinstance(self.mean_models_[0], ZeroMean)
+        prior = np.ones(y0.shape[::2]) if silent else np.maximum(self._expand(f), TINY)
+        prior /= prior.sum(axis=1, keepdims=True)
         return class_probabilities(y0, self.temperature_), prior
 
     def sample_proba(self, X: Any, n_samples: int | None = None, *, random_state: Any = None) -> Array:
@@ -726,28 +427,6 @@ class DBTClassifier(ClassifierMixin, _DBT):
         Raises:
             ValueError: If `coverage` is not in (0, 1).
         """
-        _check_coverage(coverage)
+        check_coverage(coverage)
         levels = [(1 - coverage) / 2, (1 + coverage) / 2]
         return np.moveaxis(np.quantile(self.sample_proba(X), levels, axis=1), 0, -1)
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _check_coverage(coverage: float) -> None:
-    if not 0 < coverage < 1:
-        raise ValueError(f"coverage must lie in (0, 1), got {coverage}")
-
-
-def _drop_unweighted(x: Array, y: Any, sample_weight: ArrayLike | None) -> tuple[Array, NDArray, Array | None]:
-    """Rows of positive weight, and their weights with mean 1."""
-    if sample_weight is None:
-        return x, y, None
-    weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
-    keep = weight > 0
-    if keep.sum() < 2:
-        raise ValueError(f"sample_weight must be positive for at least 2 samples, n_samples = {int(keep.sum())}")
-    weight = weight[keep]
-    return x[keep], y[keep], weight / weight.mean()

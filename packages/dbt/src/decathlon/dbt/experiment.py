@@ -64,7 +64,8 @@ def run(recipe: Recipe, output: str | Path, *, resume: bool = False, jobs: int =
 
     Args:
         recipe: What to run.
-        output: The run directory: config.yaml, environment.json, cells/, records.jsonl, claims.jsonl, figures/.
+        output: The run directory: config.yaml, environment.json, cells/, records.jsonl, claims.jsonl,
+            results.md, figures/.
         resume: Keep the cells that an earlier run of the same recipe finished there.
         jobs: Processes.
 
@@ -82,6 +83,8 @@ def run(recipe: Recipe, output: str | Path, *, resume: bool = False, jobs: int =
     folder = directory.path / "cells"
     folder.mkdir(exist_ok=True)
     open_cells = [cell for cell in cells if not (folder / f"{cell.name}.json").is_file()]
+    # the slow ones first, so that at the end no process waits long for the other
+    open_cells.sort(key=lambda cell: cell.method not in ("treeffuser", "ngboost"))
     if len(open_cells) < len(cells):
         print(f"{len(cells) - len(open_cells)} of {len(cells)} cells are there from an earlier run", flush=True)
     for cell in progress(_finish(recipe, folder, open_cells, jobs), total=len(open_cells), desc="cells", unit="cell"):
@@ -91,7 +94,10 @@ def run(recipe: Recipe, output: str | Path, *, resume: bool = False, jobs: int =
     claims = judge(recipe, results)
     directory.write_records(records, claims)
     draw(results, directory.figures)
-    return Outcome(records, claims, notes, directory.path)
+    outcome = Outcome(records, claims, notes, directory.path)
+    with atomic_path(directory.path / "results.md") as path:
+        path.write_text(outcome.tables("github") + "\n", encoding="utf-8")
+    return outcome
 
 
 def _finish(recipe: Recipe, folder: Path, cells: list[Cell], jobs: int) -> Iterable[Cell]:

@@ -102,7 +102,7 @@ class Recipe:
     """What to run: a list of data sets with methods, as in recipes/quick.yaml."""
     n_samples: int = 100
     """Draws of the response for each test row (the paper's preset: 1000)."""
-    treeffuser_rows: int = 100
+    treeffuser_rows: int = 60
     """Test rows, at most, that Treeffuser is sampled on: its sampling is slow."""
     max_train_rows: int | None = 2000
     """Training rows, at most, that any method gets; null for all of them."""

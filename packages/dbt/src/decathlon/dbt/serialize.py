@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,12 +24,12 @@ from decathlon.dbt.trees import FlatTree
 from decathlon.shared.files import atomic_path
 
 if TYPE_CHECKING:
-    from decathlon.dbt.estimator import _DBT
+    from decathlon.dbt.base import DBTBase
 
 FORMAT = 1
 """Number of the file format; a reader refuses newer ones."""
 
-Model = TypeVar("Model", bound="_DBT")
+Model = TypeVar("Model", bound="DBTBase")
 
 _SCALARS = (str, int, float, bool, type(None))
 _FITTED_ARRAYS = ("residual_variance_", "_center", "_scale", "classes_", "feature_names_in_")
@@ -128,7 +131,7 @@ def read_arrays(path: Path) -> dict[str, NDArray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, FileNotFoundError):
             raise ValueError(f"{path.parent} is damaged: {path.name} is missing") from error
         raise ValueError(f"{path} is damaged or holds pickled objects, which are not read: {error}") from error
@@ -137,8 +140,8 @@ def read_arrays(path: Path) -> dict[str, NDArray]:
 # -- estimators -----------------------------------------------------------------------------------------------------
 
 
-def save(estimator: _DBT, path: Path) -> None:
-    """Write a fitted estimator into the folder `path`, see `_DBT.save`."""
+def save(estimator: DBTBase, path: Path) -> None:
+    """Write a fitted estimator into the folder `path`, see `DBTBase.save`."""
     params = {name: _plain(name, value) for name, value in estimator.get_params(deep=False).items()}
     encoder = estimator._encoder
     arrays: dict[str, Any] = pack_trees(estimator.trees_)
@@ -167,22 +170,48 @@ def save(estimator: _DBT, path: Path) -> None:
         folder.mkdir()
         config["mean"] = write_mean_models(folder, estimator.mean_models_)
         np.savez_compressed(folder / "arrays.npz", **arrays)
+        config["sha256"] = {file.name: _digest(file) for file in sorted(folder.iterdir())}
         (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def load(cls: type[Model], path: Path) -> Model:
-    """Read an estimator that `save` wrote, see `_DBT.load`."""
+    """Read an estimator that `save` wrote, see `DBTBase.load`."""
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} is no saved model: it has no config.json")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        version = config["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        version, name = config["format"], config["class"]
+        newer = version > FORMAT
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'} is damaged: {error!r}") from error
-    if version > FORMAT:
+    if newer:
         raise ValueError(f"{path} has format {version}, newer than {FORMAT}: upgrade decathlon-dbt")
-    if config["class"] != cls.__name__:
-        raise ValueError(f"{path} holds a {config['class']}: load it with {config['class']}.load")
+    if name != cls.__name__:
+        raise ValueError(f"{path} holds a {name}: load it with {name}.load")
+    try:
+        _check_files(path, config["sha256"])
+        return _restore(cls, path, config)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'config.json'} is damaged: {error!r}") from error
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """ValueError unless all files are what was written: the libraries end the process at a model cut short."""
+    for name, digest in digests.items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise ValueError(f"{folder} is damaged: {file.name} is missing")
+        if _digest(file) != digest:
+            raise ValueError(f"{file} is damaged: it is not what was written")
+
+
+def _restore(cls: type[Model], path: Path, config: dict[str, Any]) -> Model:
+    """The estimator that the files of `path` describe."""
     arrays = read_arrays(path / "arrays.npz")
     schedule = DiffusionSchedule(arrays["log_alpha_bar"])
     params = config["params"]
@@ -192,8 +221,9 @@ def load(cls: type[Model], path: Path) -> Model:
     estimator.schedule_ = schedule
     estimator.mean_models_ = read_mean_models(path, config["mean"])
     estimator.trees_ = unpack_trees(arrays)
-    for name, value in config["fitted"].items():
-        setattr(estimator, name, value)
+    for name in _FITTED_SCALARS:
+        if name in config["fitted"]:
+            setattr(estimator, name, config["fitted"][name])
     for name in _FITTED_ARRAYS:
         if name in arrays:
             value = arrays[name]
@@ -218,7 +248,7 @@ def _plain(name: str, value: Any) -> Any:
         return _OWN_SCHEDULE
     if isinstance(value, _SCALARS):
         return value
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, np.ndarray)):
         return [_plain(name, item) for item in value]
     if isinstance(value, dict):
         return {str(key): _plain(f"{name}[{key!r}]", item) for key, item in value.items()}

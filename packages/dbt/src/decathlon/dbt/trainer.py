@@ -201,6 +201,15 @@ class StepStore(Protocol):
         ...
 
 
+def check_workers(trajectory: str, n_jobs: int | None) -> None:
+    """ValueError if steps that depend on one another are to run in several processes."""
+    if trajectory == "sequential" and effective_n_jobs(n_jobs) > 1:
+        raise ValueError(
+            "trajectory='sequential' fits each step on the tree of the step before it, so its steps cannot run in "
+            f"parallel: set n_jobs=1 (got n_jobs={n_jobs}) or trajectory='forward'"
+        )
+
+
 def fit_steps(
     schedule: DiffusionSchedule,
     data: ChainData,
@@ -218,15 +227,11 @@ def fit_steps(
     Raises:
         ValueError: If `trajectory="sequential"` is asked for with several processes.
     """
+    check_workers(config.trajectory, n_jobs)
     n_steps = schedule.n_steps
     done = store.load() if store else {}
     missing = [t for t in range(n_steps, 0, -1) if t not in done]
     workers = min(effective_n_jobs(n_jobs), max(len(missing), 1))
-    if config.trajectory == "sequential" and effective_n_jobs(n_jobs) > 1:
-        raise ValueError(
-            "trajectory='sequential' fits each step on the tree of the step before it, so its steps cannot run in "
-            f"parallel: set n_jobs=1 (got n_jobs={n_jobs}) or trajectory='forward'"
-        )
     n_blocks = workers if store is None and not verbose else max(workers, math.ceil(len(missing) / _BLOCK_STEPS))
     blocks = [block for block in np.array_split(np.array(missing, int), n_blocks) if len(block)]
     results: Iterable[dict[int, list[FlatTree]]]

@@ -1,0 +1,426 @@
+"""Fits on a real cluster of two worker processes, against local fits and against other clusters."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from decathlon.dbt import DBTClassifier, DBTRegressor
+from decathlon.dbt.metrics import crps_ensemble, picp
+from decathlon.dbt.serialize import pack_trees
+
+pytest.importorskip("distributed")
+xgboost = pytest.importorskip("xgboost")
+da = pytest.importorskip("dask.array")
+dd = pytest.importorskip("dask.dataframe")
+
+from distributed import Client, LocalCluster  # noqa: E402
+
+from decathlon.dbt import distributed  # noqa: E402
+from decathlon.dbt.distributed import fit_dask  # noqa: E402
+
+QUICK = {"n_steps": 4, "mean_cv": 2, "n_noise": 1, "backend": "xgboost", "n_samples": 50, "random_state": 0}
+
+
+def start(n_workers, **options):
+    return LocalCluster(
+        n_workers=n_workers, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def client():
+    with start(2, processes=True) as cluster, Client(cluster) as client:
+        yield client
+
+
+def make(n, seed=0):
+    """Covariates (n, 4) with missing values, and a skew response of uneven noise."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 4))
+    y = 100 + 20 * x[:, 0] + 10 * np.sin(2 * x[:, 1]) + (2 + 8 * (x[:, 2] > 0)) * rng.exponential(size=n)
+    x[rng.random(x.shape) < 0.05] = np.nan
+    return x, y
+
+
+def arrays(*values, chunk=250):
+    return [da.from_array(value, chunks=(chunk, *value.shape[1:])) for value in values]
+
+
+def same_trees(a, b):
+    packed_a, packed_b = pack_trees(a.trees_), pack_trees(b.trees_)
+    return all(np.array_equal(packed_a[name], packed_b[name]) for name in packed_a)
+
+
+def same_means(a, b):
+    raw = [[bytes(booster.save_raw("json")) for m in e.mean_models_ for booster in m.boosters] for e in (a, b)]
+    return raw[0] == raw[1]
+
+
+# -- the fit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_as_accurate_as_a_local_fit(client):
+    x, y = make(4000)
+    x_test, y_test = make(2000, seed=1)
+    model = DBTRegressor(n_steps=10, backend="xgboost", random_state=0)
+    local = model.fit(x, y).sample(x_test)
+    fitted = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y, chunk=1000), client=client)
+    samples = fitted.sample(x_test)
+    assert fitted.n_noise_ == model.n_noise_ == 5
+    assert_allclose(crps_ensemble(y_test, samples), crps_ensemble(y_test, local), rtol=0.05)
+    assert 0.92 < picp(y_test, samples) < 0.98
+    assert_allclose(fitted._center, y.mean(), rtol=1e-12)
+    assert_allclose(fitted._scale, y.std(), rtol=1e-12)
+    assert_allclose(fitted.residual_variance_, model.residual_variance_, rtol=0.1)
+
+
+def test_same_again_and_with_unknown_chunks(client):
+    x, y = make(1000)
+    first = fit_dask(DBTRegressor(**QUICK), *arrays(x, y), client=client)
+    frame = dd.from_pandas(pd.DataFrame(x), npartitions=4)
+    assert np.isnan(frame.values.chunks[0]).all()
+    second = fit_dask(DBTRegressor(**QUICK), frame.values, arrays(y)[0])  # the current client
+    assert same_trees(first, second) and same_means(first, second)
+    assert_array_equal(first.sample(x[:9]), second.sample(x[:9]))
+    other = fit_dask(DBTRegressor(**{**QUICK, "random_state": 1}), *arrays(x, y), client=client)
+    assert not same_trees(first, other)
+
+
+@pytest.mark.parametrize("mean_estimator", ["zero", None])
+def test_number_of_workers_does_not_matter(client, mean_estimator):
+    x, y = make(1000)
+    model = DBTRegressor(**QUICK, mean_estimator=mean_estimator)
+    two = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y), client=client)
+    with start(1, processes=False) as cluster, Client(cluster, set_as_default=False) as single:
+        one = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y), client=single)
+    if mean_estimator == "zero":  # every sum is exact
+        assert same_trees(one, two)
+    else:  # the estimate of the mean may differ by rounding
+        packed_one, packed_two = pack_trees(one.trees_), pack_trees(two.trees_)
+        assert_array_equal(packed_one["tree_feature"], packed_two["tree_feature"])
+        assert_allclose(packed_one["tree_threshold"], packed_two["tree_threshold"], rtol=1e-5, atol=1e-6)
+        assert_allclose(packed_one["tree_leaf_value"], packed_two["tree_leaf_value"], rtol=1e-4, atol=1e-5)
+
+
+def test_two_outputs_saved_and_loaded_without_dask(client, tmp_path):
+    x, y = make(1000)
+    rng = np.random.default_rng(1)
+    both = np.column_stack([y, -2 * y + rng.normal(size=len(y))])
+    model = fit_dask(DBTRegressor(**QUICK), *arrays(x, both), client=client)
+    samples = model.sample(x[:200])
+    assert samples.shape == (200, 50, 2) and len(model.trees_) == 8
+    within = samples - samples.mean(axis=1, keepdims=True)
+    assert np.corrcoef(within.reshape(-1, 2).T)[0, 1] < -0.7
+    model.save(tmp_path / "model")
+    np.savez(tmp_path / "rows.npz", x=x[:200], samples=samples)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.modules['dask'] = None\n"
+            "import numpy as np; from decathlon.dbt import DBTRegressor\n"
+            f"rows = np.load({str(tmp_path / 'rows.npz')!r})\n"
+            f"model = DBTRegressor.load({str(tmp_path / 'model')!r})\n"
+            "assert np.array_equal(model.sample(rows['x']), rows['samples'])",
+        ],
+        check=True,
+    )
+
+
+def test_sequential_is_trained_on_what_the_tree_above_makes(client):
+    x, y = make(1000)
+    quick = QUICK | {"mean_estimator": "zero", "n_noise": 2}
+    forward = fit_dask(DBTRegressor(**quick), *arrays(x, y), client=client)
+    model = fit_dask(DBTRegressor(**quick, trajectory="sequential"), *arrays(x, y), client=client)
+    # the last step starts the chain, as in the forward trajectory; those below it differ
+    assert_array_equal(model.trees_[-1].leaf_value, forward.trees_[-1].leaf_value)
+    assert not np.array_equal(model.trees_[0].leaf_value, forward.trees_[0].leaf_value)
+    x_test, y_test = make(1000, seed=1)
+    assert_allclose(
+        crps_ensemble(y_test, model.sample(x_test)), crps_ensemble(y_test, forward.sample(x_test)), rtol=0.15
+    )
+
+
+def test_paper_setting(client):
+    """Hold-out for the estimate of the mean, y0 as the target, and no variance of the leaves."""
+    x, y = make(1000)
+    model = DBTRegressor.from_preset("paper", n_steps=3, backend="xgboost", random_state=0)
+    fit_dask(model, *arrays(x, y), client=client)
+    assert len(model.mean_models_) == 1
+    assert all((tree.leaf_variance == 0).all() for tree in model.trees_)
+    assert np.isfinite(model.sample(x[:5])).all()
+
+
+def test_data_frame_with_categories(client):
+    x, _ = make(1000)
+    rng = np.random.default_rng(1)
+    names = np.array(["ash", "beech", "cedar", "oak", "pine"])
+    code = rng.integers(0, 5, 1000)
+    frame = pd.DataFrame(
+        {"size": x[:, 0], "tree": pd.Categorical(names[code], categories=names[::-1]), "age": code % 3}
+    )
+    y = pd.Series(np.array([0.0, 30, -10, 5, 60])[code] + rng.normal(size=1000), name="y")
+    whole = pd.concat([frame, y], axis=1)
+    whole.loc[whole.index % 10 == 0, "tree"] = np.nan
+    data = dd.from_pandas(whole, npartitions=3)
+    model = fit_dask(DBTRegressor(**QUICK), data[["size", "tree", "age"]], data["y"], client=client)
+    assert model.feature_names_in_.tolist() == ["size", "tree", "age"]
+    assert model._encoder.categories == {1: names[::-1].tolist()}
+    known = frame[whole.index % 10 != 0]
+    assert_allclose(model.predict(known), y[known.index], atol=15)
+    unseen = frame.assign(tree=pd.Categorical(["elm"] * 1000))
+    assert np.isfinite(model.predict(unseen)).all()
+    with pytest.raises(ValueError, match="feature names"):
+        model.predict(frame.rename(columns={"size": "height"}))
+
+
+def test_categories_named_by_position(client):
+    rng = np.random.default_rng(0)
+    code = rng.choice([2.0, 3.0, 7.0, 11.0], 1000)
+    x = np.column_stack([rng.normal(size=1000), code])
+    y = np.isin(code, [2, 7]) * 10 + rng.normal(size=1000)
+    model = fit_dask(DBTRegressor(**QUICK, categorical_features=[1]), *arrays(x, y), client=client)
+    assert model._encoder.categories == {1: [2.0, 3.0, 7.0, 11.0]}
+    assert any(len(tree.category_values) for tree in model.trees_)
+    assert_allclose(model.predict(x), np.isin(code, [2, 7]) * 10, atol=3)
+
+
+def test_weights(client):
+    """Rows of weight zero do not count at all, not even if they leave a partition empty."""
+    x, y = make(1000)
+    keep = np.arange(1000) % 3 != 0
+    keep[250:500] = False
+    weight = np.where(keep, 2.0, 0.0)
+    quick = QUICK | {"mean_estimator": "zero"}
+    model = fit_dask(
+        DBTRegressor(**quick), *arrays(x, np.where(keep, y, 1e6)), sample_weight=arrays(weight)[0], client=client
+    )
+    chunks = tuple(int(part.sum()) for part in np.split(keep, 4))
+    fewer = [da.from_array(x[keep], chunks=(chunks, (4,))), da.from_array(y[keep], chunks=(chunks,))]
+    assert same_trees(model, fit_dask(DBTRegressor(**quick), *fewer, client=client))
+    up = fit_dask(
+        DBTRegressor(**QUICK), *arrays(x, y), sample_weight=arrays(np.where(y > 110, 10.0, 1.0))[0], client=client
+    )
+    assert up.predict(x).mean() > y.mean() + 1
+
+
+@pytest.mark.parametrize("labels", [["no", "yes"], ["high", "low", "middle"]])
+def test_classifier(client, labels):
+    x, y = make(1200)
+    label = np.array(labels)[np.digitize(y, [100] if len(labels) == 2 else [90, 115])]
+    model = fit_dask(DBTClassifier(**QUICK), *arrays(x, label, chunk=300), client=client)
+    assert model.classes_.tolist() == labels
+    proba = model.predict_proba(x)
+    assert proba.shape == (1200, len(labels))
+    assert_allclose(proba.sum(axis=1), 1)
+    assert model.score(x, label) > 0.75
+    assert model.sample_proba(x[:3]).shape == (3, 50, len(labels))
+
+
+def test_constant_response(client):
+    x, _ = make(100)
+    with pytest.warns(UserWarning, match="y is constant"):
+        model = fit_dask(DBTRegressor(**QUICK), *arrays(x, np.full(100, 7.5), chunk=50), client=client)
+    assert_array_equal(model.sample(x[:3]), 7.5)
+
+
+def test_three_rows(client):
+    x, y = make(3)
+    model = fit_dask(DBTRegressor(**QUICK), *arrays(x, y, chunk=2), client=client)
+    assert np.isfinite(model.sample(x)).all()
+
+
+def test_missing_where_there_was_none_is_filled(client):
+    x, y = make(500)
+    x = np.nan_to_num(x)
+    model = fit_dask(DBTRegressor(**QUICK), *arrays(x, y), client=client)
+    assert_allclose(model._encoder.median, np.median(x, axis=0))
+    with pytest.warns(UserWarning, match="median"):
+        model.predict(np.full((1, 4), np.nan))
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "lightgbm"}, "LightGBM sets up a network"),
+        ({"mean_estimator": DBTRegressor()}, "mean_estimator must be None or 'zero'"),
+        ({"mean_cv": 1}, "mean_cv must be None or at least 2"),
+        ({"n_steps": 0}, "n_steps must be an integer"),
+        ({"categorical_features": ["a"]}, "no column of X"),
+        ({"categorical_features": [9]}, "X has 4 columns"),
+    ],
+)
+def test_parameters(client, change, message):
+    with pytest.raises(ValueError, match=message):
+        fit_dask(DBTRegressor(**(QUICK | change)), *arrays(*make(20)), client=client)
+
+
+def test_kinds_of_objects(client):
+    x, y = make(20)
+    with pytest.raises(TypeError, match="must be a DBTRegressor or DBTClassifier, got dict"):
+        fit_dask({}, *arrays(x, y), client=client)
+    with pytest.raises(TypeError, match="X must be a dask array.*got ndarray"):
+        fit_dask(DBTRegressor(**QUICK), x, y, client=client)
+    with pytest.raises(TypeError, match="sample_weight must be a dask array"):
+        fit_dask(DBTRegressor(**QUICK), *arrays(x, y), sample_weight=y, client=client)
+    with pytest.raises(ValueError, match="X must have"):
+        fit_dask(DBTRegressor(**QUICK), *arrays(y, y), client=client)
+    with pytest.raises(ValueError, match="'tune'"):
+        fit_dask(DBTClassifier(**QUICK, temperature="tune"), *arrays(x, y > 100), client=client)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y: (x, np.where(np.arange(20) == 13, np.nan, y)), "Input y contains NaN"),
+        (lambda x, y: (x, np.where(np.arange(20) == 13, np.inf, y)), "Input y contains infinity"),
+        (lambda x, y: (np.where(np.arange(20)[:, None] == 13, np.inf, x), y), "Input X contains infinity"),
+        (lambda x, y: (x[:1], y[:1]), "at least 2 samples, n_samples = 1"),
+        (lambda x, y: (x.astype(str), y), "cast to category"),
+    ],
+)
+def test_values(client, spoil, message):
+    with pytest.raises(ValueError, match=message):
+        fit_dask(DBTRegressor(**QUICK), *arrays(*spoil(*make(20)), chunk=10), client=client)
+
+
+def test_weights_that_are_none(client):
+    x, y = make(20)
+    with pytest.raises(ValueError, match="not negative"):
+        fit_dask(DBTRegressor(**QUICK), *arrays(x, y), sample_weight=arrays(-np.ones(20))[0], client=client)
+    with pytest.raises(ValueError, match="positive sample_weight, n_samples = 0"):
+        fit_dask(DBTRegressor(**QUICK), *arrays(x, y), sample_weight=arrays(np.zeros(20))[0], client=client)
+
+
+def test_partitioned_differently(client):
+    x, y = make(20)
+    with pytest.raises(ValueError, match="X and y are partitioned differently: 2 and 4 partitions"):
+        fit_dask(DBTRegressor(**QUICK), arrays(x, chunk=10)[0], arrays(y, chunk=5)[0], client=client)
+    with pytest.raises(ValueError, match="X and y are partitioned differently: 12 and 10 rows"):
+        fit_dask(DBTRegressor(**QUICK), arrays(x, chunk=12)[0], arrays(y, chunk=10)[0], client=client)
+
+
+def test_columns_of_a_frame(client):
+    frame = pd.DataFrame({"a": range(20), "b": list("xy") * 10})
+    y = dd.from_pandas(pd.Series(np.arange(20.0)), npartitions=2)
+    data = dd.from_pandas(frame, npartitions=2)
+    with pytest.raises(ValueError, match="column 'b' has dtype .* cast to category"):
+        fit_dask(DBTRegressor(**QUICK), data, y, client=client)
+    with pytest.raises(ValueError, match=r"column 'b' of X has unknown categories: X = X.categorize"):
+        fit_dask(DBTRegressor(**QUICK), data.assign(b=data["b"].astype("category")), y, client=client)
+
+
+def test_classes(client):
+    x, y = make(20)
+    with pytest.raises(ValueError, match="at least two classes, got one class"):
+        fit_dask(DBTClassifier(**QUICK), *arrays(x, np.ones(20, int)), client=client)
+    with pytest.raises(ValueError, match="y must have 1 dimension"):
+        fit_dask(DBTClassifier(**QUICK), *arrays(x, np.ones((20, 2), int)), client=client)
+    with pytest.raises(ValueError, match="Unknown label type"):
+        fit_dask(DBTClassifier(**QUICK), *arrays(x, y), client=client)
+
+
+def test_what_is_not_installed_or_not_there(monkeypatch):
+    x, y = arrays(*make(20))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "xgboost.dask", None)
+        with pytest.raises(ImportError, match=r"pip install 'decathlon-dbt\[dask\]'"):
+            fit_dask(DBTRegressor(**QUICK), x, y)
+    monkeypatch.setattr("distributed.get_client", lambda: (_ for _ in ()).throw(ValueError("No global client found")))
+    with pytest.raises(ValueError, match="no dask client"):
+        fit_dask(DBTRegressor(**QUICK), x, y)
+
+
+# -- the parts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_bin", [4, 255, 300])
+def test_booster_on_codes_is_booster_on_values(max_bin):
+    """The thresholds put back give what the codes gave, also where only missing values are split off."""
+    rng = np.random.default_rng(0)
+    x = np.column_stack([rng.normal(size=3000), rng.integers(0, 5, 3000), rng.integers(0, 9, 3000), np.ones(3000)])
+    y = x[:, 0] + (x[:, 2] == 3)
+    x[rng.random(x.shape) < 0.2] = np.nan
+    y += np.isnan(x) @ [1, -2, 3, 4]
+    edges = [None if j == 2 else distributed._find_edges(x[:, j], max_bin) for j in range(4)]
+    assert all(cuts is None or len(cuts) < max_bin for cuts in edges)
+    codes = distributed._codes(x, edges, np.min_scalar_type(max_bin))
+    types = ["float", "float", "c", "float"]
+    options = {"max_bin": max_bin + 1, "feature_types": types, "enable_categorical": True}
+    data = xgboost.QuantileDMatrix(codes, y, missing=np.iinfo(codes.dtype).max, **options)
+    booster = xgboost.train({"tree_method": "hist", "max_bin": max_bin + 1}, data, 20)
+    decoded = distributed._with_thresholds(booster, edges)
+    kind = {"feature_types": types, "enable_categorical": True}
+    on_values = decoded.predict(xgboost.DMatrix(x, **kind))
+    assert_array_equal(on_values, booster.predict(xgboost.DMatrix(distributed._floats(codes), **kind)))
+    conditions = np.concatenate(
+        [
+            tree["split_conditions"]
+            for tree in json.loads(bytes(decoded.save_raw("json")))["learner"]["gradient_booster"]["model"]["trees"]
+        ]
+    )
+    assert (np.abs(conditions) == np.finfo(np.float32).max).any()
+
+
+def test_summaries_are_those_of_all_rows():
+    x, y = make(600)
+    weight = np.random.default_rng(1).random(600)
+    source = distributed._Source({}, None)
+    cuts = [0, 0, 100, 101, 400, 600, 600]
+    parts = [
+        distributed._summarize(number, x[a:b], y[a:b], weight[a:b], source=source, seed=0)
+        for number, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
+    ]
+    pairs = [distributed._merge_summaries(parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    for merged in (distributed._merge_summaries(parts), distributed._merge_summaries(pairs)):
+        assert merged.rows == np.diff(cuts).tolist()
+        mean = np.average(y, weights=weight)
+        assert_allclose(merged.mean, mean, rtol=1e-12)
+        assert_allclose(merged.variance, np.average((y - mean) ** 2, weights=weight), rtol=1e-12)
+        assert_array_equal([merged.low, merged.high], [[y.min()], [y.max()]])
+        assert_array_equal(np.sort(merged.sample, axis=0), np.sort(x, axis=0))
+    found = distributed._learn(merged, {}, 16)
+    assert_array_equal(found.median, np.full(4, np.nan))  # all columns have missing values
+
+
+def test_folds_are_equal_whatever_the_partitions():
+    x, y = make(103)
+    cuts = [0, 1, 2, 2, 60, 61, 103]
+    found = distributed._Found(
+        np.diff(cuts).tolist(), 103.0, *np.zeros((4, 1)), np.full(4, np.nan), [np.zeros(0)] * 4, np.uint8
+    )
+    options = {"center": 0.0, "scale": 1.0, "n_folds": 5, "seed": 0}
+    parts = [
+        distributed._encode(i, x[a:b], y[a:b], source=distributed._Source({}, None), found=found, **options)
+        for i, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
+    ]
+    counts = np.bincount(np.concatenate([part.fold for part in parts]))
+    assert sorted(counts) == [20, 20, 21, 21, 21]
+
+
+# -- steps in parallel ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_steps_in_parallel_through_joblib(client):
+    """The LightGBM backend needs no code of its own: joblib hands blocks of steps to the cluster."""
+    x, y = make(400)
+    quick = QUICK | {"backend": "lightgbm"}
+    alone = DBTRegressor(**quick).fit(x, y)
+    here = DBTRegressor(**quick, n_jobs=2).fit(x, y)
+    with joblib.parallel_config(backend="dask"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a large graph
+        there = DBTRegressor(**quick, n_jobs=2).fit(x, y)
+    assert same_trees(alone, here) and same_trees(alone, there)
+    assert_array_equal(alone.sample(x[:5]), there.sample(x[:5]))
