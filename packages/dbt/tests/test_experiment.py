@@ -342,6 +342,7 @@ def test_a_run_leaves_records_claims_and_figures(tmp_path):
     assert "| " in outcome.tables("github")
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_does_not_change_a_figure(tmp_path):
     for jobs in (1, 2):
         experiment.run(SMALL, tmp_path / str(jobs), jobs=jobs)
@@ -365,6 +366,7 @@ def recipe(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_figures(tmp_path, capsys, recipe):
     command = ["reproduce", "--config", recipe, "--jobs", "1", "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0

@@ -33,6 +33,7 @@ def test_there_are_blocks_of_both_kinds():
     assert {language for language, _ in BLOCKS} == {"python", "bash"}
 
 
+@pytest.mark.slow
 def test_blocks_in_order(tmp_path, monkeypatch):
     """In one folder and one session: later blocks use names and files of earlier ones."""
     monkeypatch.chdir(tmp_path)

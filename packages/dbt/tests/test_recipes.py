@@ -28,6 +28,7 @@ def test_the_quick_recipe_is_the_default():
     assert settings(load_config(ReproduceConfig, PACKAGE / "recipes" / "quick.yaml")) == settings(Recipe())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_on_made_up_rows(path, tmp_path, capsys):
     output = tmp_path / "run"

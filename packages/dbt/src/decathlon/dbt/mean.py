@@ -24,6 +24,7 @@ Array = NDArray[np.float64]
 
 HOLDOUT = 0.2  # share of the rows that stops a model early when there are no folds
 MAX_ROUNDS = 3000
+_LEAST_TO_BAG = 5  # of fewer rows, 80 % may be none
 PATIENCE = 50  # rounds without improvement
 # Leaves that hold a constant, or a linear function of the covariates on the way to them: on smooth responses the
 # second leaves a fraction of the error (naval: a quarter), on rough ones it is as good or a little worse.
@@ -237,7 +238,7 @@ def _fit_lightgbm(
         "objective": "regression",
         "learning_rate": 0.1,
         "bagging_fraction": 0.8,
-        "bagging_freq": 1,
+        "bagging_freq": int(train.sum() >= _LEAST_TO_BAG),
         "num_threads": 1,
         "deterministic": True,
         "force_col_wise": True,

@@ -74,7 +74,9 @@ class Part:
     methods: list[str]
     """Methods, by the names of `LABELS`."""
     seeds: int = 3
-    """Splits: numbers 0 .. seeds-1 (UCI has 20 standard ones, protein 5; others are drawn anew)."""
+    """Splits (UCI has 20 standard ones, protein 5; others are drawn anew)."""
+    first_seed: int = 0
+    """Number of the first split: the splits are first_seed .. first_seed + seeds - 1."""
     missing: list[float] = field(default_factory=lambda: [0.0])
     """Shares of the covariate entries that are deleted in training and test rows."""
     optional: bool = False
@@ -106,6 +108,8 @@ class Recipe:
     """Test rows, at most, that Treeffuser is sampled on: its sampling is slow."""
     max_train_rows: int | None = 2000
     """Training rows, at most, that any method gets; null for all of them."""
+    max_test_rows: int | None = None
+    """Test rows, at most, that every method is measured on; null for all of them."""
     published_rmse: dict[str, float] = field(default_factory=dict)
     """RMSE that CARD (arXiv 2206.07275) reports, by data set; only figures that were confirmed."""
     openml_id: int | None = None
@@ -121,7 +125,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
-        for name in ("n_samples", "treeffuser_rows", "max_train_rows"):
+        for name in ("n_samples", "treeffuser_rows", "max_train_rows", "max_test_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
@@ -178,10 +182,11 @@ def plan(recipe: Recipe) -> tuple[list[Cell], list[str]]:
                 methods.append(method)
         seeds = min(part.seeds, 2) if recipe.smoke else part.seeds
         for name in present:
-            n_splits = min(seeds, 5) if name == "protein" else seeds
+            last = part.first_seed + seeds
+            numbers = range(part.first_seed, min(last, 5) if name == "protein" else last)
             for missing in part.missing:
                 for method in methods:
-                    cells |= dict.fromkeys(Cell(name, missing, method, seed) for seed in range(n_splits))
+                    cells |= dict.fromkeys(Cell(name, missing, method, seed) for seed in numbers)
     return list(cells), list(notes)
 
 
@@ -244,6 +249,10 @@ def load_split(recipe: Recipe, cell: Cell) -> data.Split:
     if limit is not None and len(split.y_train) > limit:
         keep = np.sort(np.random.default_rng(cell.seed).permutation(len(split.y_train))[:limit])
         split = data.Split(_rows(split.x_train, keep), split.y_train[keep], split.x_test, split.y_test)
+    limit = recipe.max_test_rows
+    if limit is not None and len(split.y_test) > limit:
+        keep = np.sort(np.random.default_rng(cell.seed).permutation(len(split.y_test))[:limit])
+        split = data.Split(split.x_train, split.y_train, _rows(split.x_test, keep), split.y_test[keep])
     return split
 
 
