@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from itertools import pairwise
 
 import joblib
 import numpy as np
@@ -270,7 +271,7 @@ def test_kinds_of_objects(client):
     x, y = make(20)
     with pytest.raises(TypeError, match="must be a DBTRegressor or DBTClassifier, got dict"):
         fit_dask({}, *arrays(x, y), client=client)
-    with pytest.raises(TypeError, match="X must be a dask array.*got ndarray"):
+    with pytest.raises(TypeError, match=r"X must be a dask array.*got ndarray"):
         fit_dask(DBTRegressor(**QUICK), x, y, client=client)
     with pytest.raises(TypeError, match="sample_weight must be a dask array"):
         fit_dask(DBTRegressor(**QUICK), *arrays(x, y), sample_weight=y, client=client)
@@ -315,7 +316,7 @@ def test_columns_of_a_frame(client):
     frame = pd.DataFrame({"a": range(20), "b": list("xy") * 10})
     y = dd.from_pandas(pd.Series(np.arange(20.0)), npartitions=2)
     data = dd.from_pandas(frame, npartitions=2)
-    with pytest.raises(ValueError, match="column 'b' has dtype .* cast to category"):
+    with pytest.raises(ValueError, match=r"column 'b' has dtype .* cast to category"):
         fit_dask(DBTRegressor(**QUICK), data, y, client=client)
     with pytest.raises(ValueError, match=r"column 'b' of X has unknown categories: X = X.categorize"):
         fit_dask(DBTRegressor(**QUICK), data.assign(b=data["b"].astype("category")), y, client=client)
@@ -380,7 +381,7 @@ def test_summaries_are_those_of_all_rows():
     cuts = [0, 0, 100, 101, 400, 600, 600]
     parts = [
         distributed._summarize(number, x[a:b], y[a:b], weight[a:b], source=source, seed=0)
-        for number, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
+        for number, (a, b) in enumerate(pairwise(cuts))
     ]
     pairs = [distributed._merge_summaries(parts[i : i + 2]) for i in range(0, len(parts), 2)]
     for merged in (distributed._merge_summaries(parts), distributed._merge_summaries(pairs)):
@@ -403,7 +404,7 @@ def test_folds_are_equal_whatever_the_partitions():
     options = {"center": 0.0, "scale": 1.0, "n_folds": 5, "seed": 0}
     parts = [
         distributed._encode(i, x[a:b], y[a:b], source=distributed._Source({}, None), found=found, **options)
-        for i, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
+        for i, (a, b) in enumerate(pairwise(cuts))
     ]
     counts = np.bincount(np.concatenate([part.fold for part in parts]))
     assert sorted(counts) == [20, 20, 21, 21, 21]

@@ -91,7 +91,7 @@ def test_equals_the_reverse_chain(table, backend, prediction_type, reverse_varia
     )
     path = sampler_of(model).sample(np.column_stack([x, f]), f, n_samples=20, seed=5, antithetic=True, return_path=True)
     assert path.shape == np.shape(expected) == (7, 9, 20, d)
-    assert path.dtype == np.float32
+    assert path.dtype == np.float64
     # in float32 a state next to a threshold may fall on its other side
     close = np.isclose(path, expected, rtol=1e-4, atol=1e-4)
     assert close.mean() > 0.995

@@ -265,7 +265,7 @@ class DBTBase(BaseEstimator):
         noise: str,
         row_offset: int = 0,
         return_path: bool = False,
-    ) -> NDArray[np.float32]:
+    ) -> Array:
         """Samples in standardized units, (n, S, d) or (T + 1, n, S, d), for encoded covariates."""
         n_samples = self.n_samples if n_samples is None else n_samples
         check_count("n_samples", n_samples, 1)

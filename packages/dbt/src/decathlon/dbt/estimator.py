@@ -137,8 +137,9 @@ class DBTRegressor(RegressorMixin, DBTBase):
         x = self._encode(X, reset=False)
         f = mean_prediction(self.mean_models_, x)
         samples = self._draw(x, f, n_samples, random_state, noise, row_offset, return_path)
-        scaled = samples.astype(np.float64) * self._scale + self._center
-        return scaled[..., 0] if self._flat else scaled
+        samples *= self._scale
+        samples += self._center
+        return samples[..., 0] if self._flat else samples
 
     def predict(self, X: Any) -> Array:
         """Mean of `n_samples` draws with common noise, (n,) or (n, d): deterministic, whatever the other rows."""

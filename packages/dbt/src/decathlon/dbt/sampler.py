@@ -86,7 +86,7 @@ class ChainSampler:
         common: bool = False,
         row_offset: int = 0,
         return_path: bool = False,
-    ) -> NDArray[np.float32]:
+    ) -> Array:
         """Run the chain from `y_T` to `y_0`.
 
         Args:
@@ -100,11 +100,11 @@ class ChainSampler:
             return_path: Also keep y_T..y_1.
 
         Returns:
-            (n, S, d) float32, or (T + 1, n, S, d) with index t if `return_path`.
+            (n, S, d) float64, or (T + 1, n, S, d) with index t if `return_path`; the chain itself runs in float32.
         """
         n = len(x)
         shape = (n, n_samples, self._d)
-        out = np.empty((self._n_steps + 1, *shape) if return_path else shape, np.float32)
+        out = np.empty((self._n_steps + 1, *shape) if return_path else shape)
         make = (self._n_steps, n_samples, self._d, antithetic)
         shared = row_noise(seed, _COMMON_STREAM, *make)[None] if common else None
         for rows in self._chunks(n, n_samples):
@@ -120,7 +120,7 @@ class ChainSampler:
         for start in range(0, n, size):
             yield slice(start, min(start + size, n))
 
-    def _run(self, x: Array, prior_mean: Array, noise: NDArray, out: NDArray[np.float32], return_path: bool) -> None:
+    def _run(self, x: Array, prior_mean: Array, noise: NDArray, out: Array, return_path: bool) -> None:
         row_masks = self._forest.row_masks(x)
         mean = prior_mean.astype(np.float32)
         y = mean[:, None, :] + noise[:, self._n_steps]
