@@ -44,8 +44,10 @@ def test_metrics_are_one_line_each_and_readable_at_once(tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.log(step=1, loss=0.5)
     run.log(step=np.int64(2), loss=np.float32(0.25), note="é")
+    run.log(step=3, loss=float("nan"))
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "note": "é"}]
+    assert lines[:2] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "note": "é"}]
+    assert np.isnan(lines[2]["loss"])
 
 
 def test_records_and_claims_are_written(tmp_path):

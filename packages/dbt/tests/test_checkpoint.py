@@ -89,7 +89,6 @@ def test_killed_at_random_moments(problem, uninterrupted, tmp_path, trajectory, 
         os.killpg(child.pid, signal.SIGKILL)  # its workers too
         child.communicate()
         reached.append(progress_of(folder))
-    print("REACHED", reached, seconds)
     assert reached == sorted(reached)
     resumed = fit_resumable(make(trajectory, n_jobs), x, y, folder)
     assert progress_of(folder) == 100

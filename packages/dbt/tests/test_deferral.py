@@ -17,9 +17,6 @@ from decathlon.dbt.objectives import class_probabilities, paired_ttest
 
 GOLDEN = Path(__file__).parent / "golden"
 
-settings.register_profile("dbt", deadline=None)  # a busy machine is no failure
-settings.load_profile("dbt")
-
 RULES = ("ttest", "interval_width", "entropy")
 seeds = st.integers(0, 2**32 - 1)
 

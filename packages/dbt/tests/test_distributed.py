@@ -26,12 +26,13 @@ from distributed import Client, LocalCluster  # noqa: E402
 from decathlon.dbt import distributed  # noqa: E402
 from decathlon.dbt.distributed import fit_dask  # noqa: E402
 
-QUICK = {"n_steps": 4, "mean_cv": 2, "n_noise": 1, "backend": "xgboost", "n_samples": 50, "random_state": 0}
+WITH_MEAN = {"n_steps": 3, "mean_cv": 2, "n_noise": 1, "backend": "xgboost", "n_samples": 50, "random_state": 0}
+QUICK = WITH_MEAN | {"mean_estimator": "zero"}
 
 
 def start(n_workers, **options):
     return LocalCluster(
-        n_workers=n_workers, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50, **options
+        n_workers=n_workers, threads_per_worker=1, dashboard_address=":0", memory_limit=0, silence_logs=50, **options
     )
 
 
@@ -71,7 +72,7 @@ def same_means(a, b):
 def test_as_accurate_as_a_local_fit(client):
     x, y = make(4000)
     x_test, y_test = make(2000, seed=1)
-    model = DBTRegressor(n_steps=10, backend="xgboost", random_state=0)
+    model = DBTRegressor(n_steps=6, mean_cv=3, backend="xgboost", random_state=0)
     local = model.fit(x, y).sample(x_test)
     fitted = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y, chunk=1000), client=client)
     samples = fitted.sample(x_test)
@@ -85,20 +86,24 @@ def test_as_accurate_as_a_local_fit(client):
 
 def test_same_again_and_with_unknown_chunks(client):
     x, y = make(1000)
-    first = fit_dask(DBTRegressor(**QUICK), *arrays(x, y), client=client)
+    first = fit_dask(DBTRegressor(**WITH_MEAN), *arrays(x, y), client=client)
     frame = dd.from_pandas(pd.DataFrame(x), npartitions=4)
     assert np.isnan(frame.values.chunks[0]).all()
-    second = fit_dask(DBTRegressor(**QUICK), frame.values, arrays(y)[0])  # the current client
+    second = fit_dask(DBTRegressor(**WITH_MEAN), frame.values, arrays(y)[0])  # the current client
     assert same_trees(first, second) and same_means(first, second)
     assert_array_equal(first.sample(x[:9]), second.sample(x[:9]))
-    other = fit_dask(DBTRegressor(**{**QUICK, "random_state": 1}), *arrays(x, y), client=client)
-    assert not same_trees(first, other)
+
+
+def test_another_seed_makes_other_trees(client):
+    x, y = make(500)
+    models = [fit_dask(DBTRegressor(**QUICK | {"random_state": s}), *arrays(x, y), client=client) for s in (0, 1)]
+    assert not same_trees(*models)
 
 
 @pytest.mark.parametrize("mean_estimator", ["zero", None])
 def test_number_of_workers_does_not_matter(client, mean_estimator):
     x, y = make(1000)
-    model = DBTRegressor(**QUICK, mean_estimator=mean_estimator)
+    model = DBTRegressor(**WITH_MEAN, mean_estimator=mean_estimator)
     two = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y), client=client)
     with start(1, processes=False) as cluster, Client(cluster, set_as_default=False) as single:
         one = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y), client=single)
@@ -111,15 +116,20 @@ def test_number_of_workers_does_not_matter(client, mean_estimator):
         assert_allclose(packed_one["tree_leaf_value"], packed_two["tree_leaf_value"], rtol=1e-4, atol=1e-5)
 
 
+def correlation(samples):
+    """Of two outputs within the rows."""
+    within = samples - samples.mean(axis=1, keepdims=True)
+    return np.corrcoef(within.reshape(-1, 2).T)[0, 1]
+
+
 def test_two_outputs_saved_and_loaded_without_dask(client, tmp_path):
     x, y = make(1000)
     rng = np.random.default_rng(1)
     both = np.column_stack([y, -2 * y + rng.normal(size=len(y))])
-    model = fit_dask(DBTRegressor(**QUICK), *arrays(x, both), client=client)
+    model = fit_dask(DBTRegressor(**WITH_MEAN), *arrays(x, both), client=client)
     samples = model.sample(x[:200])
-    assert samples.shape == (200, 50, 2) and len(model.trees_) == 8
-    within = samples - samples.mean(axis=1, keepdims=True)
-    assert np.corrcoef(within.reshape(-1, 2).T)[0, 1] < -0.7
+    assert samples.shape == (200, 50, 2) and len(model.trees_) == 6
+    assert_allclose(correlation(samples), correlation(DBTRegressor(**WITH_MEAN).fit(x, both).sample(x[:200])), atol=0.1)
     model.save(tmp_path / "model")
     np.savez(tmp_path / "rows.npz", x=x[:200], samples=samples)
     subprocess.run(
@@ -138,7 +148,7 @@ def test_two_outputs_saved_and_loaded_without_dask(client, tmp_path):
 
 def test_sequential_is_trained_on_what_the_tree_above_makes(client):
     x, y = make(1000)
-    quick = QUICK | {"mean_estimator": "zero", "n_noise": 2}
+    quick = QUICK | {"n_noise": 2}
     forward = fit_dask(DBTRegressor(**quick), *arrays(x, y), client=client)
     model = fit_dask(DBTRegressor(**quick, trajectory="sequential"), *arrays(x, y), client=client)
     # the last step starts the chain, as in the forward trajectory; those below it differ
@@ -153,7 +163,7 @@ def test_sequential_is_trained_on_what_the_tree_above_makes(client):
 def test_paper_setting(client):
     """Hold-out for the estimate of the mean, y0 as the target, and no variance of the leaves."""
     x, y = make(1000)
-    model = DBTRegressor.from_preset("paper", n_steps=3, backend="xgboost", random_state=0)
+    model = DBTRegressor.from_preset("paper", n_steps=2, backend="xgboost", random_state=0)
     fit_dask(model, *arrays(x, y), client=client)
     assert len(model.mean_models_) == 1
     assert all((tree.leaf_variance == 0).all() for tree in model.trees_)
@@ -172,7 +182,7 @@ def test_data_frame_with_categories(client):
     whole = pd.concat([frame, y], axis=1)
     whole.loc[whole.index % 10 == 0, "tree"] = np.nan
     data = dd.from_pandas(whole, npartitions=3)
-    model = fit_dask(DBTRegressor(**QUICK), data[["size", "tree", "age"]], data["y"], client=client)
+    model = fit_dask(DBTRegressor(**WITH_MEAN), data[["size", "tree", "age"]], data["y"], client=client)
     assert model.feature_names_in_.tolist() == ["size", "tree", "age"]
     assert model._encoder.categories == {1: names[::-1].tolist()}
     known = frame[whole.index % 10 != 0]
@@ -200,13 +210,12 @@ def test_weights(client):
     keep = np.arange(1000) % 3 != 0
     keep[250:500] = False
     weight = np.where(keep, 2.0, 0.0)
-    quick = QUICK | {"mean_estimator": "zero"}
     model = fit_dask(
-        DBTRegressor(**quick), *arrays(x, np.where(keep, y, 1e6)), sample_weight=arrays(weight)[0], client=client
+        DBTRegressor(**QUICK), *arrays(x, np.where(keep, y, 1e6)), sample_weight=arrays(weight)[0], client=client
     )
     chunks = tuple(int(part.sum()) for part in np.split(keep, 4))
     fewer = [da.from_array(x[keep], chunks=(chunks, (4,))), da.from_array(y[keep], chunks=(chunks,))]
-    assert same_trees(model, fit_dask(DBTRegressor(**quick), *fewer, client=client))
+    assert same_trees(model, fit_dask(DBTRegressor(**QUICK), *fewer, client=client))
     up = fit_dask(
         DBTRegressor(**QUICK), *arrays(x, y), sample_weight=arrays(np.where(y > 110, 10.0, 1.0))[0], client=client
     )
@@ -217,7 +226,7 @@ def test_weights(client):
 def test_classifier(client, labels):
     x, y = make(1200)
     label = np.array(labels)[np.digitize(y, [100] if len(labels) == 2 else [90, 115])]
-    model = fit_dask(DBTClassifier(**QUICK), *arrays(x, label, chunk=300), client=client)
+    model = fit_dask(DBTClassifier(**WITH_MEAN), *arrays(x, label, chunk=300), client=client)
     assert model.classes_.tolist() == labels
     proba = model.predict_proba(x)
     assert proba.shape == (1200, len(labels))
@@ -235,7 +244,7 @@ def test_constant_response(client):
 
 def test_three_rows(client):
     x, y = make(3)
-    model = fit_dask(DBTRegressor(**QUICK), *arrays(x, y, chunk=2), client=client)
+    model = fit_dask(DBTRegressor(**WITH_MEAN), *arrays(x, y, chunk=2), client=client)
     assert np.isfinite(model.sample(x)).all()
 
 
@@ -308,7 +317,7 @@ def test_partitioned_differently(client):
     x, y = make(20)
     with pytest.raises(ValueError, match="X and y are partitioned differently: 2 and 4 partitions"):
         fit_dask(DBTRegressor(**QUICK), arrays(x, chunk=10)[0], arrays(y, chunk=5)[0], client=client)
-    with pytest.raises(ValueError, match="X and y are partitioned differently: 12 and 10 rows"):
+    with pytest.raises(ValueError, match=r"X and y are partitioned differently: \d+ and 10 rows"):
         fit_dask(DBTRegressor(**QUICK), arrays(x, chunk=12)[0], arrays(y, chunk=10)[0], client=client)
 
 
@@ -365,13 +374,8 @@ def test_booster_on_codes_is_booster_on_values(max_bin):
     kind = {"feature_types": types, "enable_categorical": True}
     on_values = decoded.predict(xgboost.DMatrix(x, **kind))
     assert_array_equal(on_values, booster.predict(xgboost.DMatrix(distributed._floats(codes), **kind)))
-    conditions = np.concatenate(
-        [
-            tree["split_conditions"]
-            for tree in json.loads(bytes(decoded.save_raw("json")))["learner"]["gradient_booster"]["model"]["trees"]
-        ]
-    )
-    assert (np.abs(conditions) == np.finfo(np.float32).max).any()
+    trees = json.loads(bytes(decoded.save_raw("json")))["learner"]["gradient_booster"]["model"]["trees"]
+    assert max(max(tree["split_conditions"]) for tree in trees) > 3e38
 
 
 def test_summaries_are_those_of_all_rows():
@@ -417,7 +421,7 @@ def test_folds_are_equal_whatever_the_partitions():
 def test_steps_in_parallel_through_joblib(client):
     """The LightGBM backend needs no code of its own: joblib hands blocks of steps to the cluster."""
     x, y = make(400)
-    quick = QUICK | {"backend": "lightgbm"}
+    quick = WITH_MEAN | {"backend": "lightgbm"}
     alone = DBTRegressor(**quick).fit(x, y)
     here = DBTRegressor(**quick, n_jobs=2).fit(x, y)
     with joblib.parallel_config(backend="dask"), warnings.catch_warnings():

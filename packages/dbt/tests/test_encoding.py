@@ -54,6 +54,7 @@ def test_categories_of_an_array():
         (["weight"], "categorical_features names 'weight', which is no column of X"),
         ([4], "categorical_features has position 4, but X has 4 columns"),
         ([-1], "categorical_features has position -1, but X has 4 columns"),
+        ([True, False, True, False], "categorical_features must hold positions or names, not a mask"),
         ("all", "categorical_features must be 'auto', None or a list of columns, got 'all'"),
     ],
 )
@@ -132,7 +133,10 @@ def test_names_are_kept_and_checked(fitted):
         fitted.predict(table.rename(columns={"size": "width"}))
     with pytest.raises(ValueError, match=r"(?s)Feature names seen at fit time, yet now missing.*- on"):
         fitted.sample(table.drop(columns="on"))
-    with pytest.raises(ValueError, match="X has 3 features, but DBTRegressor is expecting 4 features as input"):
+    with (
+        pytest.warns(UserWarning, match="X does not have valid feature names"),
+        pytest.raises(ValueError, match="X has 3 features, but DBTRegressor is expecting 4 features as input"),
+    ):
         fitted.predict(np.zeros((2, 3)))
     with pytest.warns(UserWarning, match="X does not have valid feature names"):
         fitted.predict(np.zeros((2, 4)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import ttest_rel
@@ -23,9 +23,6 @@ from decathlon.dbt.objectives import (
 )
 
 GOLDEN = Path(__file__).parent / "golden"
-
-settings.register_profile("dbt", deadline=None)  # a busy machine is no failure
-settings.load_profile("dbt")
 
 ARRAYS = ("alpha_bar", "alpha", "beta", "gamma0", "gamma1", "gamma2", "posterior_variance")
 

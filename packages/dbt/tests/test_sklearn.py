@@ -5,7 +5,6 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from decathlon.dbt import DBTClassifier, DBTRegressor
 
-
 WEIGHTED_FOLDS = {
     "check_sample_weight_equivalence_on_dense_data": (
         "folds and noise are drawn a row, so a row of weight 2 is not bit for bit two rows of weight 1"

@@ -110,12 +110,12 @@ def record_from_seeds(
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON; numbers of numpy and torch become plain ones; ValueError for NaN, which JSON lacks."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=methodcaller("item"))
+    """One line of JSON; numbers of numpy and torch become plain ones; NaN stays, so that a failed run can be seen."""
+    return json.dumps(value, ensure_ascii=False, default=methodcaller("item"))
 
 
 def write_jsonl(path: str | Path, lines: Iterable[Record | Claim]) -> None:
-    """Write records or claims, one line of JSON each, atomically; ValueError for NaN, which JSON lacks."""
+    """Write records or claims, one line of JSON each, atomically."""
     text = "".join(to_json(dataclasses.asdict(line)) + "\n" for line in lines)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -141,8 +141,10 @@ class DBTBase(BaseEstimator):
             if isinstance(self.n_noise, str):
                 raise ValueError(f"n_noise must be 'auto' or an integer, got {self.n_noise!r}")
             check_count("n_noise", self.n_noise, 1)
-        if not self.reg_lambda >= 0:
-            raise ValueError(f"reg_lambda must be at least 0, got {self.reg_lambda}")
+        if not isinstance(self.reg_lambda, numbers.Real) or not self.reg_lambda >= 0:
+            raise ValueError(f"reg_lambda must be at least 0, got {self.reg_lambda!r}")
+        if self.mean_cv is not None and (not isinstance(self.mean_cv, numbers.Integral) or self.mean_cv < 2):
+            raise ValueError(f"mean_cv must be None or at least 2, got {self.mean_cv!r}")
 
     def _make_schedule(self) -> DiffusionSchedule:
         if isinstance(self.schedule, DiffusionSchedule):
@@ -168,7 +170,7 @@ class DBTBase(BaseEstimator):
             if not reset:  # other columns than at fit are refused before any of them is encoded
                 validate_data(self, X, reset=False, skip_check_array=True)
             X = ColumnEncoder.encode(X, categories)
-        options: dict[str, Any] = {"dtype": np.float64, "ensure_all_finite": "allow-nan"}
+        options: dict[str, Any] = {"dtype": np.float64, "order": "C", "ensure_all_finite": "allow-nan"}
         try:
             result = validate_data(self, X, reset=reset, **options, **check)
         except ValueError as error:
@@ -286,7 +288,7 @@ class DBTBase(BaseEstimator):
     def _seed(self, random_state: Any) -> int:
         if random_state is None:
             return self.sample_seed_
-        if isinstance(random_state, (int, np.integer)) and random_state >= 0:
+        if isinstance(random_state, (int, np.integer)) and 0 <= random_state < 2**64:
             return int(random_state)
         return int(check_random_state(random_state).randint(2**31 - 1))
 

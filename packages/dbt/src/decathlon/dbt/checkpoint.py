@@ -120,6 +120,11 @@ def fit_resumable(
         ValueError: If the folder belongs to another fit.
         TypeError: If the estimate of the mean cannot be written without pickle.
     """
+    if not (estimator.mean_estimator is None or estimator.mean_estimator == "zero"):
+        raise TypeError(
+            f"mean_estimator {type(estimator.mean_estimator).__name__} cannot be saved without pickle: a fit that can "
+            "be resumed takes mean_estimator=None or 'zero'"
+        )
     estimator._checkpoint = FitCheckpoint(Path(folder))
     try:
         return estimator.fit(X, y, sample_weight)

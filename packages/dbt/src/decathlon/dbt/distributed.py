@@ -33,6 +33,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
 from decathlon.dbt.backends import import_xgboost, read_xgboost_tree, xgboost_params
+from decathlon.dbt.base import TINY
 from decathlon.dbt.encoding import ColumnEncoder
 from decathlon.dbt.estimator import DBTClassifier, DBTRegressor
 from decathlon.dbt.mean import (
@@ -59,7 +60,6 @@ _SAMPLE_ROWS = 20_000  # rows that the bins are found from
 _FAN_IN = 8  # results of partitions that one task merges
 _GRID = 2.0**17  # targets are multiples of 1 / _GRID
 _LARGEST = float(np.finfo(np.float32).max)
-_TINY = 1e-12  # least residual variance, as for a local fit
 _CONFIG = ("prediction_type", "trajectory", "stratified_noise", "num_leaves", "min_child_samples", "reg_lambda")
 _PURPOSES = ("sample", "folds", "noise", "residuals", "edges")
 
@@ -94,6 +94,13 @@ def fit_dask(estimator: Estimator, X: Any, y: Any, *, client: Any = None, sample
         raise TypeError(f"estimator must be a DBTRegressor or DBTClassifier, got {type(estimator).__name__}")
     _check_estimator(estimator)
     cluster = _Cluster(client)
+    with cluster.client.as_current():  # what is built here and in XGBoost looks for the current client
+        _fit(estimator, cluster, X, y, sample_weight)
+    return estimator
+
+
+def _fit(estimator: DBTRegressor | DBTClassifier, cluster: _Cluster, X: Any, y: Any, sample_weight: Any) -> None:
+    """Fit the estimator, see `fit_dask`."""
     rng = check_random_state(estimator.random_state)
     seed, sample_seed = (int(rng.randint(2**31 - 1)) for _ in range(2))
 
@@ -120,7 +127,7 @@ def fit_dask(estimator: Estimator, X: Any, y: Any, *, client: Any = None, sample
         center[constant], scale[constant] = found.low[constant], 0.0
         if constant.any():
             which = "y is constant" if y.ndim == 1 else f"outputs {np.flatnonzero(constant).tolist()} of y are constant"
-            warnings.warn(f"{which}: every sample is that constant", UserWarning, stacklevel=2)
+            warnings.warn(f"{which}: every sample is that constant", UserWarning, stacklevel=3)
     divisor = np.where(scale == 0, 1.0, scale)
     n_folds = None if estimator.mean_cv is None or n < 4 else min(estimator.mean_cv, n // 2)
     parts = cluster.read(
@@ -184,7 +191,6 @@ def fit_dask(estimator: Estimator, X: Any, y: Any, *, client: Any = None, sample
         estimator._center, estimator._scale, estimator._flat = center, scale, y.ndim == 1
         estimator._calibration = {}
     estimator._make_sampler()
-    return estimator
 
 
 def _check_estimator(estimator: DBTRegressor | DBTClassifier) -> None:
@@ -199,8 +205,6 @@ def _check_estimator(estimator: DBTRegressor | DBTClassifier) -> None:
         raise ValueError(
             f"mean_estimator must be None or 'zero' for fit_dask, got {mean!r}: it would need all rows in one place"
         )
-    if estimator.mean_cv is not None and estimator.mean_cv < 2:
-        raise ValueError(f"mean_cv must be None or at least 2, got {estimator.mean_cv}")
     if isinstance(estimator, DBTClassifier) and estimator.temperature == "tune":
         raise ValueError("temperature must be a number for fit_dask, got 'tune': it would need all rows in one place")
 
@@ -438,10 +442,14 @@ def _read(number: int, x: Any, y: Any, weight: Any, source: _Source) -> tuple[Ar
 
 
 def _numbers(values: Any) -> Array:
-    """Float64, with NaN for what pandas calls missing."""
+    """Float64, with NaN for what pandas calls missing.
+
+    Contiguous and aligned, because numpy adds up other arrays in another order, and those that have travelled between
+    workers may be such.
+    """
     if isinstance(values, (pd.Series, pd.DataFrame)):
-        return values.to_numpy(np.float64, na_value=np.nan)
-    return np.asarray(values, np.float64)
+        values = values.to_numpy(np.float64, na_value=np.nan)
+    return np.require(values, np.float64, ["C", "A"])
 
 
 def _summarize(number: int, x: Any, y: Any, weight: Any = None, *, source: _Source, seed: int) -> _Summary:
@@ -466,7 +474,7 @@ def _summarize(number: int, x: Any, y: Any, weight: Any = None, *, source: _Sour
 
 def _merge_summaries(parts: Sequence[_Summary]) -> _Summary:
     weight = np.array([part.weight for part in parts])
-    share = (weight / max(weight.sum(), _TINY))[:, None]
+    share = (weight / max(weight.sum(), TINY))[:, None]
     means = np.stack([part.mean for part in parts])
     mean = (share * means).sum(axis=0)
     variances = np.stack([part.variance for part in parts])
@@ -634,10 +642,10 @@ def _replicate(part: _Part, edges: Sequence[Edges], n_noise: int) -> _Part:
 
 
 class _Residuals(NamedTuple):
-    """Weighted sum (d,) of (y_0 - f)^2, sum of the weights, and a sample of [y_0, f]."""
+    """Weighted sum (d,) of (y_0 - f)^2, number of rows (as weights have mean 1), and a sample of [y_0, f]."""
 
     squared: Array
-    weight: float
+    rows: int
     keys: Array
     sample: Array
 
@@ -645,25 +653,23 @@ class _Residuals(NamedTuple):
 def _residuals(part: _Part, seed: int) -> _Residuals:
     assert part.prior_mean is not None
     squared = (part.y0 - part.prior_mean) ** 2
+    if part.weight is not None:
+        squared *= part.weight[:, None]
     keys = _stream(seed, part.number, "residuals").random(len(squared))
     first = np.argsort(keys)[:_SAMPLE_ROWS]
-    rows = np.column_stack([part.y0, part.prior_mean])[first]
-    if part.weight is None:
-        return _Residuals(squared.sum(axis=0), float(len(squared)), keys[first], rows)
-    return _Residuals(part.weight @ squared, float(part.weight.sum()), keys[first], rows)
+    sample = np.column_stack([part.y0, part.prior_mean])[first]
+    return _Residuals(squared.sum(axis=0), len(squared), keys[first], sample)
 
 
 def _merge_residuals(parts: Sequence[_Residuals]) -> _Residuals:
-    squared = np.sum([part.squared for part in parts], axis=0)
-    return _Residuals(
-        squared, sum(part.weight for part in parts), *_smallest([(part.keys, part.sample) for part in parts])
-    )
+    squared, rows, keys, samples = zip(*parts, strict=True)
+    return _Residuals(np.sum(squared, axis=0), sum(rows), *_smallest(list(zip(keys, samples, strict=True))))
 
 
 def _learn_mean(residuals: _Residuals, max_bin: int) -> tuple[Array, list[Edges]]:
     """Residual variance (d,) and the bins of f."""
     _, prior_mean = np.hsplit(residuals.sample, 2)
-    variance = np.maximum(residuals.squared / residuals.weight, _TINY)
+    variance = np.maximum(residuals.squared / residuals.rows, TINY)
     return variance, [_find_edges(column, max_bin) for column in prior_mean.T]
 
 

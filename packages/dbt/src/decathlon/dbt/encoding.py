@@ -133,6 +133,8 @@ def _positions(features: Sequence[Any], frame: pd.DataFrame | None, n_columns: i
             if frame is None or feature not in frame.columns:
                 raise ValueError(f"categorical_features names {feature!r}, which is no column of X")
             positions.append(int(frame.columns.get_loc(feature)))
+        elif isinstance(feature, (bool, np.bool_)):
+            raise ValueError("categorical_features must hold positions or names, not a mask")
         elif 0 <= feature < n_columns:
             positions.append(int(feature))
         else:
@@ -141,6 +143,6 @@ def _positions(features: Sequence[Any], frame: pd.DataFrame | None, n_columns: i
 
 
 def _codes(column: pd.Series, known: list[Any]) -> Array:
-    codes = pd.Categorical(column, categories=known).codes.astype(np.float64)
+    codes = pd.Index(known).get_indexer(pd.Index(column)).astype(np.float64)
     codes[codes < 0] = np.nan
     return codes

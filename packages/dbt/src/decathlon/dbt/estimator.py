@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from typing import Any, Self
 
@@ -33,7 +34,8 @@ class DBTRegressor(RegressorMixin, DBTBase):
     Args:
         n_steps: Diffusion steps T (paper: 1000). Ignored if `schedule` is a DiffusionSchedule.
         schedule: "linear" (rescaled to T steps), "cosine", "karras", or a `DiffusionSchedule`.
-        prediction_type: What a tree predicts: "y0", "epsilon", or "residual" (beyond the paper).
+        prediction_type: What a tree predicts: "y0", "epsilon" (wants 50 steps or more: with few it is far off), or
+            "residual" (beyond the paper).
         trajectory: How training draws y_t: "forward" (independent steps) or "sequential" (each tree is trained on
             what the tree before it makes).
         reverse_variance: "posterior" (the paper's) or "leaf" (adds the variance within the leaf; beyond it).
@@ -355,7 +357,7 @@ class DBTClassifier(ClassifierMixin, DBTBase):
         if isinstance(self.temperature, str):
             if self.temperature != "tune":
                 raise ValueError(f"temperature must be a positive number or 'tune', got {self.temperature!r}")
-        elif not self.temperature > 0:
+        elif not isinstance(self.temperature, numbers.Real) or not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
     def _tune_temperature(self, x: Array, prior_mean: Array, codes: NDArray, weight: Array | None) -> float:

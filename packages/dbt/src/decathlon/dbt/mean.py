@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import lightgbm as lgb
@@ -24,6 +25,7 @@ Array = NDArray[np.float64]
 
 HOLDOUT = 0.2  # share of the rows that stops a model early when there are no folds
 MAX_ROUNDS = 3000
+_LEAST_OF_CATEGORY = 5  # LightGBM's own 100 hides the categories of small data
 _LEAST_TO_BAG = 5  # of fewer rows, 80 % may be none
 PATIENCE = 50  # rounds without improvement
 # Leaves that hold a constant, or a linear function of the covariates on the way to them: on smooth responses the
@@ -65,7 +67,11 @@ class BoosterMean:
             parts = [booster.predict(x, num_iteration=self.n_rounds, num_threads=1) for booster in self.boosters]
         else:
             data = _xgboost_matrix(x, self.categorical)
-            parts = [booster.predict(data, iteration_range=(0, self.n_rounds)) for booster in self.boosters]
+            # a booster that was stopped earlier has fewer rounds: then all of them
+            parts = [
+                booster.predict(data, iteration_range=(0, min(self.n_rounds, booster.num_boosted_rounds())))
+                for booster in self.boosters
+            ]
         return np.clip(np.column_stack(parts).astype(np.float64), self.low, self.high)
 
 
@@ -174,6 +180,8 @@ def fit_mean(
         sizes = [_total(weight, held_out) for _, held_out in parts]
         n_rounds = best_round([curve for _, curve in fitted], sizes)
         bounds = (y.min(axis=0), y.max(axis=0)) if n_classes is None else (np.zeros(d), np.ones(d))
+        if backend == "lightgbm":  # also lets go of the training data
+            fitted = [(tuple(map(partial(_first_rounds, n_rounds), boosters)), curve) for boosters, curve in fitted]
         models = [BoosterMean(boosters, n_rounds, backend, tuple(categorical), *bounds) for boosters, _ in fitted]
 
     if n_folds is None:
@@ -182,6 +190,10 @@ def fit_mean(
     for model, (_, held_out) in zip(models, parts, strict=True):
         prior_mean[held_out] = model.predict(x[held_out])
     return models, prior_mean
+
+
+def _first_rounds(n_rounds: int, booster: lgb.Booster) -> lgb.Booster:
+    return lgb.Booster(model_str=booster.model_to_string(num_iteration=n_rounds))
 
 
 def _n_outputs(y: Array, n_classes: int | None) -> int:
@@ -239,6 +251,7 @@ def _fit_lightgbm(
         "learning_rate": 0.1,
         "bagging_fraction": 0.8,
         "bagging_freq": int(train.sum() >= _LEAST_TO_BAG),
+        "min_data_per_group": _LEAST_OF_CATEGORY,
         "num_threads": 1,
         "deterministic": True,
         "force_col_wise": True,
@@ -274,6 +287,7 @@ def _fit_lightgbm(
             MAX_ROUNDS,
             valid_sets=[check],
             callbacks=[lgb.early_stopping(PATIENCE, verbose=False), lgb.record_evaluation(history)],
+            keep_training_booster=True,  # all its rounds: how many count is decided over all folds
         )
         boosters.append(booster)
         curves.append(np.array(next(iter(history["valid_0"].values()))))

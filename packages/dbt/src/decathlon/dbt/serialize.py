@@ -189,7 +189,6 @@ def load(cls: type[Model], path: Path) -> Model:
     if name != cls.__name__:
         raise ValueError(f"{path} holds a {name}: load it with {name}.load")
     try:
-        _check_files(path, config["sha256"])
         return _restore(cls, path, config)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'} is damaged: {error!r}") from error
@@ -213,6 +212,7 @@ def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
 def _restore(cls: type[Model], path: Path, config: dict[str, Any]) -> Model:
     """The estimator that the files of `path` describe."""
     arrays = read_arrays(path / "arrays.npz")
+    _check_files(path, config["sha256"])
     schedule = DiffusionSchedule(arrays["log_alpha_bar"])
     params = config["params"]
     if params["schedule"] == _OWN_SCHEDULE:
