@@ -122,6 +122,7 @@ def correlation(samples):
     return np.corrcoef(within.reshape(-1, 2).T)[0, 1]
 
 
+@pytest.mark.slow
 def test_two_outputs_saved_and_loaded_without_dask(client, tmp_path):
     x, y = make(1000)
     rng = np.random.default_rng(1)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.integrate import trapezoid
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.compose import TransformedTargetRegressor
@@ -105,7 +106,7 @@ def test_density_integrates_to_one(table, regressor, joint):
     grid = np.linspace(y.min() - 15, y.max() + 15, 600)
     rows = np.repeat(x[:1], len(grid), axis=0)  # rows have noise of their own: the average density over many
     density = np.exp(regressor.score_samples(rows, grid, n_samples=50))
-    assert_allclose(np.trapezoid(density, grid), 1, atol=0.03)
+    assert_allclose(trapezoid(density, grid), 1, atol=0.03)
     side = np.linspace(-15, 15, 61)
     corner = joint.predict(x[:1])[0] + np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     density = np.exp(joint.score_samples(np.repeat(x[:1], len(corner), axis=0), corner, n_samples=50))

@@ -141,7 +141,7 @@ class DBTBase(BaseEstimator):
             if isinstance(self.n_noise, str):
                 raise ValueError(f"n_noise must be 'auto' or an integer, got {self.n_noise!r}")
             check_count("n_noise", self.n_noise, 1)
-        if not isinstance(self.reg_lambda, numbers.Real) or not self.reg_lambda >= 0:
+        if not isinstance(self.reg_lambda, numbers.Real) or not float(self.reg_lambda) >= 0:
             raise ValueError(f"reg_lambda must be at least 0, got {self.reg_lambda!r}")
         if self.mean_cv is not None and (not isinstance(self.mean_cv, numbers.Integral) or self.mean_cv < 2):
             raise ValueError(f"mean_cv must be None or at least 2, got {self.mean_cv!r}")

@@ -357,7 +357,7 @@ class DBTClassifier(ClassifierMixin, DBTBase):
         if isinstance(self.temperature, str):
             if self.temperature != "tune":
                 raise ValueError(f"temperature must be a positive number or 'tune', got {self.temperature!r}")
-        elif not isinstance(self.temperature, numbers.Real) or not self.temperature > 0:
+        elif not isinstance(self.temperature, numbers.Real) or not float(self.temperature) > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
     def _tune_temperature(self, x: Array, prior_mean: Array, codes: NDArray, weight: Array | None) -> float:
