@@ -1,10 +1,9 @@
-"""Fits on a real cluster of two worker processes, against local fits and against other clusters."""
+"""Fits on a real cluster of two worker processes, and on a single worker, against local fits."""
 
-import json
+import importlib
 import subprocess
 import sys
 import warnings
-from itertools import pairwise
 
 import joblib
 import numpy as np
@@ -17,13 +16,12 @@ from decathlon.dbt.metrics import crps_ensemble, picp
 from decathlon.dbt.serialize import pack_trees
 
 pytest.importorskip("distributed")
-xgboost = pytest.importorskip("xgboost")
+pytest.importorskip("xgboost")
 da = pytest.importorskip("dask.array")
 dd = pytest.importorskip("dask.dataframe")
 
 from distributed import Client, LocalCluster  # noqa: E402
 
-from decathlon.dbt import distributed  # noqa: E402
 from decathlon.dbt.distributed import fit_dask  # noqa: E402
 
 WITH_MEAN = {"n_steps": 3, "mean_cv": 2, "n_noise": 1, "backend": "xgboost", "n_samples": 50, "random_state": 0}
@@ -39,6 +37,13 @@ def start(n_workers, **options):
 @pytest.fixture(scope="module")
 def client():
     with start(2, processes=True) as cluster, Client(cluster) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def single():
+    """A cluster of one worker, in this process."""
+    with start(1, processes=False) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
 
@@ -70,50 +75,50 @@ def same_means(a, b):
 
 @pytest.mark.slow
 def test_as_accurate_as_a_local_fit(client):
-    x, y = make(4000)
+    x, y = make(1900)
     x_test, y_test = make(2000, seed=1)
-    model = DBTRegressor(n_steps=6, mean_cv=3, backend="xgboost", random_state=0)
+    model = DBTRegressor(n_steps=4, mean_cv=2, backend="xgboost", random_state=0)
     local = model.fit(x, y).sample(x_test)
-    fitted = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y, chunk=1000), client=client)
+    fitted = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y, chunk=500), client=client)
     samples = fitted.sample(x_test)
-    assert fitted.n_noise_ == model.n_noise_ == 5
+    assert fitted.n_noise_ == model.n_noise_ == 11
     assert_allclose(crps_ensemble(y_test, samples), crps_ensemble(y_test, local), rtol=0.05)
-    assert 0.92 < picp(y_test, samples) < 0.98
+    assert 0.91 < picp(y_test, samples) < 0.98
     assert_allclose(fitted._center, y.mean(), rtol=1e-12)
     assert_allclose(fitted._scale, y.std(), rtol=1e-12)
     assert_allclose(fitted.residual_variance_, model.residual_variance_, rtol=0.1)
 
 
-def test_same_again_and_with_unknown_chunks(client):
-    x, y = make(1000)
-    first = fit_dask(DBTRegressor(**WITH_MEAN), *arrays(x, y), client=client)
+def test_same_again_and_with_unknown_chunks(single):
+    """With one worker the model is the same bit by bit."""
+    x, y = make(2000)
+    model = DBTRegressor(**WITH_MEAN)
+    first = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y, chunk=500), client=single)
     frame = dd.from_pandas(pd.DataFrame(x), npartitions=4)
     assert np.isnan(frame.values.chunks[0]).all()
-    second = fit_dask(DBTRegressor(**WITH_MEAN), frame.values, arrays(y)[0])  # the current client
+    with single.as_current():
+        second = fit_dask(DBTRegressor(**model.get_params()), frame.values, arrays(y, chunk=500)[0])
     assert same_trees(first, second) and same_means(first, second)
     assert_array_equal(first.sample(x[:9]), second.sample(x[:9]))
 
 
-def test_another_seed_makes_other_trees(client):
-    x, y = make(500)
-    models = [fit_dask(DBTRegressor(**QUICK | {"random_state": s}), *arrays(x, y), client=client) for s in (0, 1)]
-    assert not same_trees(*models)
-
-
 @pytest.mark.parametrize("mean_estimator", ["zero", None])
-def test_number_of_workers_does_not_matter(client, mean_estimator):
-    x, y = make(1000)
+def test_number_of_workers_hardly_matters(client, single, mean_estimator):
+    x, y = make(1900)
+    x_test, y_test = make(2000, seed=1)
     model = DBTRegressor(**WITH_MEAN, mean_estimator=mean_estimator)
-    two = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y), client=client)
-    with start(1, processes=False) as cluster, Client(cluster, set_as_default=False) as single:
-        one = fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y), client=single)
-    if mean_estimator == "zero":  # every sum is exact
-        assert same_trees(one, two)
-    else:  # the estimate of the mean may differ by rounding
-        packed_one, packed_two = pack_trees(one.trees_), pack_trees(two.trees_)
-        assert_array_equal(packed_one["tree_feature"], packed_two["tree_feature"])
-        assert_allclose(packed_one["tree_threshold"], packed_two["tree_threshold"], rtol=1e-5, atol=1e-6)
-        assert_allclose(packed_one["tree_leaf_value"], packed_two["tree_leaf_value"], rtol=1e-4, atol=1e-5)
+    one, two = (
+        fit_dask(DBTRegressor(**model.get_params()), *arrays(x, y, chunk=500), client=each).sample(x_test)
+        for each in (single, client)
+    )
+    assert_allclose(crps_ensemble(y_test, one), crps_ensemble(y_test, two), rtol=0.03)
+    assert_allclose(picp(y_test, one), picp(y_test, two), atol=0.02)
+
+
+def test_another_seed_makes_other_trees(single):
+    x, y = make(500)
+    models = [fit_dask(DBTRegressor(**QUICK | {"random_state": s}), *arrays(x, y), client=single) for s in (0, 1)]
+    assert not same_trees(*models)
 
 
 def correlation(samples):
@@ -122,9 +127,8 @@ def correlation(samples):
     return np.corrcoef(within.reshape(-1, 2).T)[0, 1]
 
 
-@pytest.mark.slow
 def test_two_outputs_saved_and_loaded_without_dask(client, tmp_path):
-    x, y = make(1000)
+    x, y = make(600)
     rng = np.random.default_rng(1)
     both = np.column_stack([y, -2 * y + rng.normal(size=len(y))])
     model = fit_dask(DBTRegressor(**WITH_MEAN), *arrays(x, both), client=client)
@@ -147,11 +151,11 @@ def test_two_outputs_saved_and_loaded_without_dask(client, tmp_path):
     )
 
 
-def test_sequential_is_trained_on_what_the_tree_above_makes(client):
+def test_sequential_is_trained_on_what_the_tree_above_makes(single):
     x, y = make(1000)
     quick = QUICK | {"n_noise": 2}
-    forward = fit_dask(DBTRegressor(**quick), *arrays(x, y), client=client)
-    model = fit_dask(DBTRegressor(**quick, trajectory="sequential"), *arrays(x, y), client=client)
+    forward = fit_dask(DBTRegressor(**quick), *arrays(x, y), client=single)
+    model = fit_dask(DBTRegressor(**quick, trajectory="sequential"), *arrays(x, y), client=single)
     # the last step starts the chain, as in the forward trajectory; those below it differ
     assert_array_equal(model.trees_[-1].leaf_value, forward.trees_[-1].leaf_value)
     assert not np.array_equal(model.trees_[0].leaf_value, forward.trees_[0].leaf_value)
@@ -205,35 +209,22 @@ def test_categories_named_by_position(client):
     assert_allclose(model.predict(x), np.isin(code, [2, 7]) * 10, atol=3)
 
 
-def test_weights(client):
+def test_weights(single):
     """Rows of weight zero do not count at all, not even if they leave a partition empty."""
     x, y = make(1000)
     keep = np.arange(1000) % 3 != 0
     keep[250:500] = False
     weight = np.where(keep, 2.0, 0.0)
     model = fit_dask(
-        DBTRegressor(**QUICK), *arrays(x, np.where(keep, y, 1e6)), sample_weight=arrays(weight)[0], client=client
+        DBTRegressor(**QUICK), *arrays(x, np.where(keep, y, 1e6)), sample_weight=arrays(weight)[0], client=single
     )
     chunks = tuple(int(part.sum()) for part in np.split(keep, 4))
     fewer = [da.from_array(x[keep], chunks=(chunks, (4,))), da.from_array(y[keep], chunks=(chunks,))]
-    assert same_trees(model, fit_dask(DBTRegressor(**QUICK), *fewer, client=client))
+    assert same_trees(model, fit_dask(DBTRegressor(**QUICK), *fewer, client=single))
     up = fit_dask(
-        DBTRegressor(**QUICK), *arrays(x, y), sample_weight=arrays(np.where(y > 110, 10.0, 1.0))[0], client=client
+        DBTRegressor(**QUICK), *arrays(x, y), sample_weight=arrays(np.where(y > 110, 10.0, 1.0))[0], client=single
     )
     assert up.predict(x).mean() > y.mean() + 1
-
-
-@pytest.mark.parametrize("labels", [["no", "yes"], ["high", "low", "middle"]])
-def test_classifier(client, labels):
-    x, y = make(1200)
-    label = np.array(labels)[np.digitize(y, [100] if len(labels) == 2 else [90, 115])]
-    model = fit_dask(DBTClassifier(**WITH_MEAN), *arrays(x, label, chunk=300), client=client)
-    assert model.classes_.tolist() == labels
-    proba = model.predict_proba(x)
-    assert proba.shape == (1200, len(labels))
-    assert_allclose(proba.sum(axis=1), 1)
-    assert model.score(x, label) > 0.75
-    assert model.sample_proba(x[:3]).shape == (3, 50, len(labels))
 
 
 def test_constant_response(client):
@@ -265,7 +256,6 @@ def test_missing_where_there_was_none_is_filled(client):
     ("change", "message"),
     [
         ({"backend": "lightgbm"}, "LightGBM sets up a network"),
-        ({"mean_estimator": DBTRegressor()}, "mean_estimator must be None or 'zero'"),
         ({"mean_cv": 1}, "mean_cv must be None or at least 2"),
         ({"n_steps": 0}, "n_steps must be an integer"),
         ({"categorical_features": ["a"]}, "no column of X"),
@@ -279,16 +269,16 @@ def test_parameters(client, change, message):
 
 def test_kinds_of_objects(client):
     x, y = make(20)
-    with pytest.raises(TypeError, match="must be a DBTRegressor or DBTClassifier, got dict"):
-        fit_dask({}, *arrays(x, y), client=client)
+    with pytest.raises(TypeError, match="fits a DBTRegressor and no other estimator, got DBTClassifier"):
+        fit_dask(DBTClassifier(**QUICK), *arrays(x, y > 100), client=client)
+    with pytest.raises(TypeError, match="mean_estimator must be None or 'zero'"):
+        fit_dask(DBTRegressor(**QUICK | {"mean_estimator": DBTRegressor()}), *arrays(x, y), client=client)
     with pytest.raises(TypeError, match=r"X must be a dask array.*got ndarray"):
         fit_dask(DBTRegressor(**QUICK), x, y, client=client)
     with pytest.raises(TypeError, match="sample_weight must be a dask array"):
         fit_dask(DBTRegressor(**QUICK), *arrays(x, y), sample_weight=y, client=client)
     with pytest.raises(ValueError, match="X must have"):
         fit_dask(DBTRegressor(**QUICK), *arrays(y, y), client=client)
-    with pytest.raises(ValueError, match="'tune'"):
-        fit_dask(DBTClassifier(**QUICK, temperature="tune"), *arrays(x, y > 100), client=client)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +298,7 @@ def test_values(client, spoil, message):
 
 def test_weights_that_are_none(client):
     x, y = make(20)
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="must not be negative"):
         fit_dask(DBTRegressor(**QUICK), *arrays(x, y), sample_weight=arrays(-np.ones(20))[0], client=client)
     with pytest.raises(ValueError, match="positive sample_weight, n_samples = 0"):
         fit_dask(DBTRegressor(**QUICK), *arrays(x, y), sample_weight=arrays(np.zeros(20))[0], client=client)
@@ -318,7 +308,7 @@ def test_partitioned_differently(client):
     x, y = make(20)
     with pytest.raises(ValueError, match="X and y are partitioned differently: 2 and 4 partitions"):
         fit_dask(DBTRegressor(**QUICK), arrays(x, chunk=10)[0], arrays(y, chunk=5)[0], client=client)
-    with pytest.raises(ValueError, match=r"X and y are partitioned differently: \d+ and 10 rows"):
+    with pytest.raises(ValueError, match=r"inconsistent numbers of samples: \[\d+, 10\]"):
         fit_dask(DBTRegressor(**QUICK), arrays(x, chunk=12)[0], arrays(y, chunk=10)[0], client=client)
 
 
@@ -332,87 +322,11 @@ def test_columns_of_a_frame(client):
         fit_dask(DBTRegressor(**QUICK), data.assign(b=data["b"].astype("category")), y, client=client)
 
 
-def test_classes(client):
-    x, y = make(20)
-    with pytest.raises(ValueError, match="at least two classes, got one class"):
-        fit_dask(DBTClassifier(**QUICK), *arrays(x, np.ones(20, int)), client=client)
-    with pytest.raises(ValueError, match="y must have 1 dimension"):
-        fit_dask(DBTClassifier(**QUICK), *arrays(x, np.ones((20, 2), int)), client=client)
-    with pytest.raises(ValueError, match="Unknown label type"):
-        fit_dask(DBTClassifier(**QUICK), *arrays(x, y), client=client)
-
-
-def test_what_is_not_installed_or_not_there(monkeypatch):
-    x, y = arrays(*make(20))
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "xgboost.dask", None)
-        with pytest.raises(ImportError, match=r"pip install 'decathlon-dbt\[dask\]'"):
-            fit_dask(DBTRegressor(**QUICK), x, y)
-    monkeypatch.setattr("distributed.get_client", lambda: (_ for _ in ()).throw(ValueError("No global client found")))
-    with pytest.raises(ValueError, match="no dask client"):
-        fit_dask(DBTRegressor(**QUICK), x, y)
-
-
-# -- the parts ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_bin", [4, 255, 300])
-def test_booster_on_codes_is_booster_on_values(max_bin):
-    """The thresholds put back give what the codes gave, also where only missing values are split off."""
-    rng = np.random.default_rng(0)
-    x = np.column_stack([rng.normal(size=3000), rng.integers(0, 5, 3000), rng.integers(0, 9, 3000), np.ones(3000)])
-    y = x[:, 0] + (x[:, 2] == 3)
-    x[rng.random(x.shape) < 0.2] = np.nan
-    y += np.isnan(x) @ [1, -2, 3, 4]
-    edges = [None if j == 2 else distributed._find_edges(x[:, j], max_bin) for j in range(4)]
-    assert all(cuts is None or len(cuts) < max_bin for cuts in edges)
-    codes = distributed._codes(x, edges, np.min_scalar_type(max_bin))
-    types = ["float", "float", "c", "float"]
-    options = {"max_bin": max_bin + 1, "feature_types": types, "enable_categorical": True}
-    data = xgboost.QuantileDMatrix(codes, y, missing=np.iinfo(codes.dtype).max, **options)
-    booster = xgboost.train({"tree_method": "hist", "max_bin": max_bin + 1}, data, 20)
-    decoded = distributed._with_thresholds(booster, edges)
-    kind = {"feature_types": types, "enable_categorical": True}
-    on_values = decoded.predict(xgboost.DMatrix(x, **kind))
-    assert_array_equal(on_values, booster.predict(xgboost.DMatrix(distributed._floats(codes), **kind)))
-    trees = json.loads(bytes(decoded.save_raw("json")))["learner"]["gradient_booster"]["model"]["trees"]
-    assert max(max(tree["split_conditions"]) for tree in trees) > 3e38
-
-
-def test_summaries_are_those_of_all_rows():
-    x, y = make(600)
-    weight = np.random.default_rng(1).random(600)
-    source = distributed._Source({}, None)
-    cuts = [0, 0, 100, 101, 400, 600, 600]
-    parts = [
-        distributed._summarize(number, x[a:b], y[a:b], weight[a:b], source=source, seed=0)
-        for number, (a, b) in enumerate(pairwise(cuts))
-    ]
-    pairs = [distributed._merge_summaries(parts[i : i + 2]) for i in range(0, len(parts), 2)]
-    for merged in (distributed._merge_summaries(parts), distributed._merge_summaries(pairs)):
-        assert merged.rows == np.diff(cuts).tolist()
-        mean = np.average(y, weights=weight)
-        assert_allclose(merged.mean, mean, rtol=1e-12)
-        assert_allclose(merged.variance, np.average((y - mean) ** 2, weights=weight), rtol=1e-12)
-        assert_array_equal([merged.low, merged.high], [[y.min()], [y.max()]])
-        assert_array_equal(np.sort(merged.sample, axis=0), np.sort(x, axis=0))
-    found = distributed._learn(merged, {}, 16)
-    assert_array_equal(found.median, np.full(4, np.nan))  # all columns have missing values
-
-
-def test_folds_are_equal_whatever_the_partitions():
-    x, y = make(103)
-    cuts = [0, 1, 2, 2, 60, 61, 103]
-    found = distributed._Found(
-        np.diff(cuts).tolist(), 103.0, *np.zeros((4, 1)), np.full(4, np.nan), [np.zeros(0)] * 4, np.uint8
-    )
-    options = {"center": 0.0, "scale": 1.0, "n_folds": 5, "seed": 0}
-    parts = [
-        distributed._encode(i, x[a:b], y[a:b], source=distributed._Source({}, None), found=found, **options)
-        for i, (a, b) in enumerate(pairwise(cuts))
-    ]
-    counts = np.bincount(np.concatenate([part.fold for part in parts]))
-    assert sorted(counts) == [20, 20, 21, 21, 21]
+def test_what_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xgboost.dask", None)
+    monkeypatch.delitem(sys.modules, "decathlon.dbt.distributed")
+    with pytest.raises(ImportError, match=r"pip install 'decathlon-dbt\[dask\]'"):
+        importlib.import_module("decathlon.dbt.distributed")
 
 
 # -- steps in parallel ----------------------------------------------------------------------------------------------
