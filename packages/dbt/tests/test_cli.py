@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -366,4 +367,25 @@ def test_resume_refuses_the_progress_of_another_fit(tables, capsys):
 
     FitCheckpoint(Path("model.partial")).seeds("another", (1, 2))
     assert "belongs to a fit of other data or parameters" in fails(capsys, *REGRESSION, "--output", "model", "--resume")
+    assert "give --resume to go on with it, or remove it" in fails(capsys, *REGRESSION, "--output", "model")
+    shutil.rmtree("model.partial")
     assert main([*REGRESSION, "--output", "model"]) == 0
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_output_never_takes_the_place_of_a_folder_or_of_the_table(tables, capsys, command):
+    assert main([*REGRESSION, "--output", "model"]) == 0
+    Path("precious.csv").mkdir()
+    Path("precious.csv/thesis.txt").write_text("years of work")
+    before = Path("train.csv").read_bytes()
+    options = [command, "--model", "model", "--data", "train.csv", "--output"]
+    assert "is a folder; name a file" in fails(capsys, *options, "precious.csv")
+    assert "is the table itself; name another file" in fails(capsys, *options, "train.csv")
+    assert Path("precious.csv/thesis.txt").read_text() == "years of work"
+    assert Path("train.csv").read_bytes() == before
+
+
+def test_damaged_progress_names_the_file(tables, capsys):
+    Path("model.partial").mkdir()
+    Path("model.partial/fit.json").write_text("junk")
+    assert "fit.json is damaged: remove model.partial" in fails(capsys, *REGRESSION, "--output", "model", "--resume")

@@ -145,3 +145,10 @@ def test_errors(regressor, table, y, coverage, message):
     with pytest.raises(ValueError, match=message):
         regressor.calibrate(table[0][:8], y, coverage)
     assert not regressor._calibration
+
+
+def test_an_interval_of_no_width_becomes_the_whole_line_if_it_must():
+    interval = np.zeros((20, 2))
+    margin = conformal_margin(interval, np.ones(20), 0.9)
+    assert margin == np.inf
+    assert_array_equal(conformal_widen(interval, margin), np.tile([-np.inf, np.inf], (20, 1)))

@@ -426,7 +426,7 @@ def test_refit_forgets(table, regressor):
 def test_rows_of_weight_zero_do_not_count_at_all(table, estimator, backend):
     if backend == "xgboost":
         pytest.importorskip("xgboost")
-    x, y = table[0].copy(), labels(estimator, table[1])
+    x, y = table[0].copy(), labels(estimator, table[1]).copy()
     weight = np.random.default_rng(0).uniform(0.5, 2, 150)
     weight[::3] = 0
     x[0] = np.nan  # a missing value and a class that only such rows have
@@ -699,3 +699,10 @@ def test_training_data_are_not_written_to(table):
     model.sample(x)
     model.calibrate(x, y)
     DBTClassifier(**FAST).fit(x, y > 10, sample_weight=weight).predict_proba(x)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "num_iterations", "linear_tree", "objective"])
+def test_tree_params_cannot_change_what_a_step_is(name):
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    with pytest.raises(ValueError, match=rf"tree_params must not set \['{name}'\]"):
+        DBTRegressor(tree_params={name: 1}).fit(x, x[:, 0])

@@ -377,3 +377,16 @@ def test_failure_while_saving_leaves_the_old_model(table, regressor, saved, tmp_
 def test_a_smaller_model_leaves_no_files_of_a_larger_one(table, saved):
     DBTRegressor(**FAST | {"mean_estimator": "zero"}).fit(*table).save(saved)
     assert sorted(path.name for path in saved.iterdir()) == ["arrays.npz", "config.json"]
+
+
+@pytest.mark.parametrize("model_beside", [False, True])
+def test_a_folder_with_other_files_is_left_alone(tmp_path, model_beside):
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    model = DBTRegressor(n_steps=2, mean_estimator="zero", random_state=0).fit(x, x[:, 0])
+    if model_beside:
+        model.save(tmp_path)
+        model.save(tmp_path)  # over itself is fine
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is no saved model: choose another folder"):
+        model.save(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

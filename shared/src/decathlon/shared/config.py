@@ -56,6 +56,9 @@ def run_cli(prog: str, description: str, commands: Commands, argv: Sequence[str]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a path that cannot be read or written
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"interrupted{hint}", file=sys.stderr)
         return 130  # what a shell reports for a process ended by Ctrl-C

@@ -27,6 +27,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         if target.is_dir():
+            if not temporary.is_dir():
+                raise IsADirectoryError(f"{target} is a directory: a file cannot take its place")
             os.replace(target, old)
         os.replace(temporary, target)
     except BaseException:

@@ -98,6 +98,7 @@ class LightGBMGrower:
         self._x = lgb.Dataset(
             x, params=self._params, categorical_feature=list(categorical), free_raw_data=False
         ).construct()
+        self._x.data = None  # binned now; every join would copy the raw columns too
         self._joined: tuple[Array, lgb.Dataset] | None = None
 
     def grow(self, y: Array, target: Array) -> FlatTree:

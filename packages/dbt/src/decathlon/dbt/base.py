@@ -42,6 +42,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named settings: "fast" are the defaults; "paper" is the setting of arXiv 2406.01813 as far as it is known."""
 
+# what the equations of the chain and the flat trees rest on
+_FIXED_TREE_PARAMS = frozenset(
+    {"objective", "learning_rate", "eta", "boosting", "booster", "num_iterations", "num_boost_round", "n_estimators"}
+    | {"linear_tree", "base_score", "num_class", "boost_from_average", "multi_strategy"}
+)
 TINY = 1e-12  # least residual variance: below it f explains the response to rounding
 
 
@@ -137,6 +142,9 @@ class DBTBase(BaseEstimator):
             ("n_samples", 1),
         ):
             check_count(name, getattr(self, name), least)
+        fixed = sorted(_FIXED_TREE_PARAMS.intersection(self.tree_params or ()))
+        if fixed:
+            raise ValueError(f"tree_params must not set {fixed}: a step is one tree of squared error at rate 1")
         if not (isinstance(self.n_noise, str) and self.n_noise == "auto"):
             if isinstance(self.n_noise, str):
                 raise ValueError(f"n_noise must be 'auto' or an integer, got {self.n_noise!r}")
@@ -178,8 +186,6 @@ class DBTBase(BaseEstimator):
                 raise ValueError(f"{error}: cast to category (a pandas column of dtype 'category')") from error
             raise
         x = result[0] if isinstance(result, tuple) else result
-        if np.isinf(x).any():
-            raise ValueError("Input X contains infinity or a value too large for dtype('float64').")
         if reset:
             self._encoder = ColumnEncoder(categories, np.full(x.shape[1], np.nan))
             return result
@@ -301,6 +307,7 @@ class DBTBase(BaseEstimator):
             path: Folder to write; an earlier model there is replaced as a whole.
 
         Raises:
+            ValueError: If the folder holds anything but a saved model.
             TypeError: If a part cannot be written without pickle (a foreign `mean_estimator`), naming it.
             NotFittedError: Before `fit`.
         """

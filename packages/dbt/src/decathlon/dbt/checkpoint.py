@@ -45,8 +45,8 @@ class FitCheckpoint:
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps({"identity": identity, "seeds": seeds}), encoding="utf-8")
             return seeds
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["identity"] != identity:
+        found = _read_json(path)
+        if found.get("identity") != identity:
             raise ValueError(
                 f"checkpoint {self._folder} belongs to a fit of other data or parameters: remove it or choose "
                 "another folder"
@@ -58,7 +58,7 @@ class FitCheckpoint:
         folder = self._folder / "mean"
         if not folder.exists():
             return None
-        description = json.loads((folder / "mean.json").read_text(encoding="utf-8"))
+        description = _read_json(folder / "mean.json")
         return read_mean_models(folder, description), read_arrays(folder / "prior_mean.npz")["prior_mean"]
 
     def save_mean(self, models: list[MeanModel], prior_mean: Array) -> None:
@@ -89,6 +89,13 @@ class FitCheckpoint:
         name = f"steps_{max(steps):06d}_{min(steps):06d}.npz"
         with atomic_path(self._folder / name) as temporary, open(temporary, "wb") as file:
             np.savez(file, steps=np.array(list(steps)), **pack_trees(trees))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"checkpoint file {path} is damaged: remove {path.parent} and fit anew") from error
 
 
 def identify(params: Mapping[str, Any], *arrays: Array | None) -> str:

@@ -197,8 +197,8 @@ def fit(config: FitConfig) -> None:
     """Fit a model to a table and write it to a folder."""
     output = _model_target(config.output)
     partial = output.with_name(f"{output.name}.partial")
-    if not config.resume:
-        shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists() and not config.resume:
+        raise UserError(f"{partial} holds an unfinished fit: give --resume to go on with it, or remove it")
     frame = data.read_table(config.data, text=config.categorical)
     data.require_columns(frame, config.categorical, config.data)
     ignore = config.ignore if config.weight is None else [*config.ignore, config.weight]
@@ -238,7 +238,7 @@ def fit(config: FitConfig) -> None:
 
 def sample(config: SampleConfig) -> None:
     """Draw samples, quantiles or class probabilities for the rows of a table."""
-    output = Path(config.output)
+    output = _file_target(config.output, config.data)
     if output.suffix not in (".parquet", ".csv", ".npz"):
         raise UserError(f"output {output}: give a name that ends in .parquet, .csv or .npz")
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
@@ -264,6 +264,7 @@ def sample(config: SampleConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measure a model on a labelled table."""
+    output = None if config.output is None else _file_target(config.output, config.data)
     model, columns = _load(config.model)
     frame = data.read_table(config.data, text=columns["categorical"])
     _, y = data.split_target(frame, columns["target"], config.data)
@@ -275,8 +276,8 @@ def evaluate(config: EvaluateConfig) -> None:
             samples = model.sample(x, config.n_samples, random_state=config.seed)
             figures = metrics.evaluate(_numbers(y, "the target", config.data), samples)
     figures = {name: float(value) for name, value in figures.items()}
-    if config.output is not None:
-        with atomic_path(Path(config.output)) as path:
+    if output is not None:
+        with atomic_path(output) as path:
             path.write_text(json.dumps(figures, indent=2) + "\n")
     print(tabulate(figures.items(), headers=["metric", f"on {len(x)} rows"], floatfmt=".4g"))
 
@@ -363,8 +364,18 @@ def _user_errors() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+def _file_target(path: str, source: str) -> Path:
+    """`path`, if a file may be written there: no folder, and not the table that is read."""
+    output = Path(path)
+    if output.is_dir():
+        raise UserError(f"output {output} is a folder; name a file")
+    if output.exists() and output.samefile(source):
+        raise UserError(f"output {output} is the table itself; name another file")
+    return output
 
 
 def _numbers(values: NDArray, name: str, source: str) -> NDArray:
@@ -388,8 +399,11 @@ def _load(path: str) -> tuple[DBTRegressor | DBTClassifier, dict[str, Any]]:
     if not (folder / COLUMNS).is_file():
         raise UserError(f"model {folder}: no model folder written by `decathlon-dbt fit`")
     with _user_errors():
-        columns = json.loads((folder / COLUMNS).read_text())
-        estimator = DBTRegressor if columns["task"] == "regression" else DBTClassifier
+        try:
+            columns = json.loads((folder / COLUMNS).read_text())
+            estimator = DBTRegressor if columns["task"] == "regression" else DBTClassifier
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / COLUMNS} is damaged: fit the model again") from error
         return estimator.load(folder), columns
 
 
@@ -402,7 +416,8 @@ def _covariates(
     x = data.require_columns(frame, list(model.feature_names_in_), path)
     for name in x.columns:
         if isinstance(x[name].dtype, pd.CategoricalDtype) and name not in columns["categorical"]:
-            example = x[name].cat.categories[0]
+            held = x[name].cat.categories
+            example = held[pd.to_numeric(held, errors="coerce").isna().argmax()]
             raise UserError(f"{path}: column {name!r} held numbers at fit, but holds {example!r} here")
     return x
 

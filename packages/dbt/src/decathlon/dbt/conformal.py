@@ -55,5 +55,7 @@ def conformal_widen(interval: Array, margin: Array | float) -> Array:
     low, high = interval[..., 0], interval[..., 1]
     width = high - low
     with np.errstate(invalid="ignore"):
-        change = np.where(width > 0, np.maximum(margin, -0.5) * width, 0.0)
+        # an interval of no width can only stay or, for a margin without bound, become the whole line
+        of_none = np.where(np.isposinf(margin), np.inf, 0.0)
+        change = np.where(width > 0, np.maximum(margin, -0.5) * width, of_none)
     return np.stack([low - change, high + change], axis=-1)

@@ -89,7 +89,7 @@ class DBTRegressor(RegressorMixin, DBTBase):
         """
         self._check_parameters()
         x, y = self._encode(X, reset=True, y=y, multi_output=True, y_numeric=True, ensure_min_samples=2)
-        y = np.asarray(y, np.float64)
+        y = np.asarray(y, np.float64, order="C")  # numpy adds up other layouts in another order
         self._flat = y.ndim == 1
         y = y.reshape(len(y), -1)
         x, y, weight = drop_unweighted(x, y, sample_weight)
@@ -186,6 +186,12 @@ class DBTRegressor(RegressorMixin, DBTBase):
         interval = self._interval(X, coverage, n_samples, random_state)
         widening = self._calibration.get(float(coverage))
         if widening is None:
+            if self._calibration:
+                warnings.warn(
+                    f"calibrated at {sorted(self._calibration)}, not at {coverage}: these are plain quantiles",
+                    UserWarning,
+                    stacklevel=2,
+                )
             return interval
         margin = widening[0] if self._flat else widening
         return conformal_widen(interval, margin)

@@ -56,6 +56,10 @@ class LinearStep(NamedTuple):
     gamma0: Coefficient
     variance: Coefficient
 
+    def spread(self, extra_variance: ArrayLike) -> Array:
+        """Standard deviation of y_{t-1}: sqrt(variance + gamma0^2 extra_variance), of the broadcast shape."""
+        return np.sqrt(self.variance + self.gamma0 * self.gamma0 * np.asarray(extra_variance))
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DiffusionSchedule:
@@ -369,10 +373,10 @@ class DiffusionSchedule:
         )
         step = self.linear_step(t, prediction_type, residual_variance)
         said, state, f, eps, extra, dtype = _operands(prediction, yt, prior_mean, noise, extra_variance)
-        of_prediction, of_state, of_prior, gamma0, variance = (_cast(c, dtype) for c in step)
+        of_prediction, of_state, of_prior = (_cast(c, dtype) for c in step[:3])
         if np.any(np.less(extra, 0.0)):
             raise ValueError(f"extra_variance must not be negative, got {np.min(extra)}")
-        spread = _cast(np.sqrt(variance + gamma0 * gamma0 * extra), dtype)
+        spread = _cast(step.spread(extra), dtype)
         return of_prediction * said + of_state * state + of_prior * f + spread * eps
 
     def _reconstruction(

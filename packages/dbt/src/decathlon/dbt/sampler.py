@@ -64,14 +64,13 @@ class ChainSampler:
         for i, tree in enumerate(trees):
             t, j = i // n_outputs + 1, i % n_outputs
             step = schedule.linear_step(t, prediction_type, residual_variance[j])
-            extra = step.gamma0**2 * tree.leaf_variance if leaf_variance else np.zeros(tree.n_leaves)
-            variance = step.variance + extra
+            spread = step.spread(tree.leaf_variance if leaf_variance else np.zeros(tree.n_leaves))
             self._affine.append(
                 (
                     np.float32(step.state),
                     np.float32(step.prior),
                     (step.prediction * tree.leaf_value).astype(np.float32),
-                    np.sqrt(variance).astype(np.float32) if variance.any() else None,
+                    spread.astype(np.float32) if spread.any() else None,
                 )
             )
 

@@ -166,6 +166,9 @@ def save(estimator: DBTBase, path: Path) -> None:
             name: importlib.metadata.version(name) for name in ("decathlon-dbt", "numpy", "scikit-learn", "lightgbm")
         },
     }
+    path = path.resolve()
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _is_model(path))):
+        raise ValueError(f"{path} exists and is no saved model: choose another folder")
     with atomic_path(path) as folder:
         folder.mkdir()
         config["mean"] = write_mean_models(folder, estimator.mean_models_)
@@ -192,6 +195,16 @@ def load(cls: type[Model], path: Path) -> Model:
         return _restore(cls, path, config)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'} is damaged: {error!r}") from error
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether all that `folder` holds is a model that `save` wrote, so that nothing else is lost with it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        known = {"config.json", *config["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return all(file.name in known for file in folder.iterdir())
 
 
 def _digest(file: Path) -> str:

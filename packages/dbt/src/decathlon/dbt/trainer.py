@@ -84,7 +84,8 @@ def draw_noise(rng: np.random.Generator, n: int, n_noise: int, d: int, stratifie
     stratum = np.broadcast_to(np.arange(n_noise)[:, None, None], (n_noise, n, d)).copy()
     for j in range(1, d):
         stratum[..., j] = rng.permuted(stratum[..., j], axis=0)
-    return ndtri((stratum + rng.uniform(2**-53, 1, stratum.shape)) / n_noise).reshape(-1, d)
+    level = (stratum + rng.uniform(size=stratum.shape)) / n_noise
+    return ndtri(np.clip(level, 2**-53, 1 - 2**-53)).reshape(-1, d)
 
 
 class ChainTrainer:
