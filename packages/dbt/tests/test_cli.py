@@ -330,8 +330,12 @@ def test_unseen_categories_and_new_gaps_are_no_mistake(tables):
 
 
 def run_in_background(*command):
+    # a shell's background job ignores Ctrl-C, and its children would inherit that
     return subprocess.Popen(
-        [sys.executable, "-m", "decathlon.dbt.cli", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "decathlon.dbt.cli", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

@@ -298,7 +298,8 @@ def test_card_is_compared_by_its_published_figure_and_labelled_so():
         "test/yacht", "RMSE of DBT under the 0.65 that CARD reports (CARD was not run here)"
     ]
     assert claim.shown is False and claim.value == pytest.approx(0.65)
-    assert not any("CARD" in claim.claim for claim in verdicts(found).values())
+    # with no published figure to hold it against, the paper's claim stands there as not measured
+    assert [claim.shown for claim in verdicts(found).values() if "CARD" in claim.claim] == [None]
 
 
 def test_deferral_pairs_the_splits_where_rows_were_deferred():
