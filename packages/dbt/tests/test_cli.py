@@ -219,7 +219,7 @@ def test_mistakes_in_fit(tables, capsys, options, message):
     [
         ("price", [np.inf] * 4, "Input y contains infinity"),
         ("size", [np.inf] * 4, "Input X contains infinity"),
-        ("price", [1.0], "1 sample"),
+        ("price", [1.0], "at least 2 samples, n_samples = 1"),
     ],
 )
 def test_mistakes_in_the_training_table(tables, capsys, column, values, message):

@@ -596,7 +596,7 @@ def test_invalid_temperature(table, temperature, message):
     [
         (np.array([[np.inf]] * 9), np.arange(9) % 2, "Input X contains infinity"),
         (np.zeros((9, 1)), np.arange(8) % 2, r"inconsistent numbers of samples: \[9, 8\]"),
-        (np.zeros((1, 1)), np.zeros(1), "n_samples|1 sample"),
+        (np.zeros((1, 1)), np.zeros(1), "at least 2 samples, n_samples = 1"),
         (np.zeros((0, 1)), np.zeros(0), r"0 sample\(s\)"),
         (np.zeros((9, 0)), np.arange(9) % 2, r"0 feature\(s\)"),
         (np.zeros(9), np.arange(9) % 2, "Expected 2D array, got 1D array instead"),

@@ -344,7 +344,9 @@ def check_coverage(coverage: float) -> None:
 
 
 def drop_unweighted(x: Array, y: Any, sample_weight: ArrayLike | None) -> tuple[Array, NDArray, Array | None]:
-    """Rows of positive weight, and their weights with mean 1."""
+    """Rows of positive weight, and their weights with mean 1; ValueError if fewer than two are left."""
+    if len(x) < 2:
+        raise ValueError(f"fit needs at least 2 samples, n_samples = {len(x)}")
     if sample_weight is None:
         return x, y, None
     weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)

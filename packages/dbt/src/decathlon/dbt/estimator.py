@@ -88,7 +88,7 @@ class DBTRegressor(RegressorMixin, DBTBase):
             ValueError: For invalid parameters or data, with the name of the culprit.
         """
         self._check_parameters()
-        x, y = self._encode(X, reset=True, y=y, multi_output=True, y_numeric=True, ensure_min_samples=2)
+        x, y = self._encode(X, reset=True, y=y, multi_output=True, y_numeric=True)
         y = np.asarray(y, np.float64, order="C")  # numpy adds up other layouts in another order
         self._flat = y.ndim == 1
         y = y.reshape(len(y), -1)
@@ -343,7 +343,7 @@ class DBTClassifier(ClassifierMixin, DBTBase):
             ValueError: For invalid parameters or data, with the name of the culprit.
         """
         self._check_parameters()
-        x, y = self._encode(X, reset=True, y=y, ensure_min_samples=2)
+        x, y = self._encode(X, reset=True, y=y)
         check_classification_targets(y)
         x, y, weight = drop_unweighted(x, y, sample_weight)
         self.classes_, codes = np.unique(y, return_inverse=True)
