@@ -51,3 +51,9 @@ def test_it_can_be_silent(monkeypatch):
     monkeypatch.setattr(sys, "stderr", output)
     assert list(progress(range(3), disable=True)) == [0, 1, 2]
     assert output.getvalue() == ""
+
+
+def test_lines_end_with_the_whole(capsys):
+    for _ in progress(range(3), desc="steps"):
+        pass
+    assert "100%" in capsys.readouterr().err.splitlines()[-1]

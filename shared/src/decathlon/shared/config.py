@@ -53,10 +53,7 @@ def run_cli(prog: str, description: str, commands: Commands, argv: Sequence[str]
             hint = ": what was finished is kept; run the same command with --resume to go on"
         parser = _command_parser(cls, f"{prog} {name}", _summary(commands[name]))
         commands[name](_instantiate(cls, parser, parser.parse_args(_spell_out(flags, cls))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a path that cannot be read or written
+    except (UserError, OSError) as error:  # OSError: a path that cannot be read or written
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

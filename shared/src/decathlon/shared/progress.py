@@ -1,30 +1,27 @@
 """Progress bars with a rate and the time left."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
-Item = TypeVar("Item")
-
 
 def progress(
-    iterable: Iterable[Item] | None = None,
+    iterable: Iterable[Any] | None = None,
     *,
     total: int | None = None,
     desc: str = "",
     unit: str = "it",
     leave: bool = False,
     disable: bool = False,
-) -> tqdm[Item] | Any:
+) -> Any:
     """A tqdm bar on stderr, with tqdm's arguments; where stderr is no terminal, a line every ten seconds."""
-    look: dict[str, Any] = {"desc": desc, "unit": unit, "leave": leave, "disable": disable}
+    # lines cannot be wiped out, so there the last one stays and says that it is done
+    shown: dict[str, Any] = {"leave": True, "ncols": 80, "mininterval": 10.0, "file": _Lines()}
     if sys.stderr.isatty():
-        return tqdm(iterable, total=total, dynamic_ncols=True, mininterval=0.2, **look)
-    return tqdm(iterable, total=total, ncols=80, mininterval=10.0, file=_Lines(), **look)
+        shown = {"leave": leave, "dynamic_ncols": True, "mininterval": 0.2}
+    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=disable, **shown)
 
 
 class _Lines:
