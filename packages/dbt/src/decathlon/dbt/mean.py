@@ -28,8 +28,8 @@ MAX_ROUNDS = 3000
 _LEAST_OF_CATEGORY = 5  # LightGBM's own 100 hides the categories of small data
 _LEAST_TO_BAG = 5  # of fewer rows, 80 % may be none
 PATIENCE = 50  # rounds without improvement
-# Leaves that hold a constant, or a linear function of the covariates on the way to them: on smooth responses the
-# second leaves a fraction of the error (naval: a quarter), on rough ones it is as good or a little worse.
+# Leaves that hold a constant, or a linear function of the covariates on the way to them: the second
+# suits smooth responses, so the data choose.
 _KINDS: tuple[dict[str, Any], ...] = ({}, {"linear_tree": True, "linear_lambda": 10.0})
 
 
@@ -218,9 +218,13 @@ def _total(weight: Array | None, rows: NDArray[np.bool_]) -> float:
 
 def best_round(curves: Sequence[Array], sizes: Sequence[float]) -> int:
     """The number of rounds with the least loss over all folds; a curve that ended early stays at its end."""
+    return int(np.argmin(np.average(_padded(curves), axis=0, weights=sizes))) + 1
+
+
+def _padded(curves: Sequence[Array]) -> Array:
+    """Curves (k, longest); one that ended early stays at its end."""
     longest = max(map(len, curves))
-    padded = np.stack([np.pad(curve, (0, longest - len(curve)), mode="edge") for curve in curves])
-    return int(np.argmin(np.average(padded, axis=0, weights=sizes))) + 1
+    return np.stack([np.pad(curve, (0, longest - len(curve)), mode="edge") for curve in curves])
 
 
 def _capacity(n: int) -> dict[str, int]:
@@ -291,8 +295,7 @@ def _fit_lightgbm(
         )
         boosters.append(booster)
         curves.append(np.array(next(iter(history["valid_0"].values()))))
-    longest = max(map(len, curves))
-    return tuple(boosters), np.sum([np.pad(c, (0, longest - len(c)), mode="edge") for c in curves], axis=0)
+    return tuple(boosters), _padded(curves).sum(axis=0)
 
 
 def _xgboost_matrix(x: Array, categorical: Sequence[int], label: Array | None = None, weight: Any = None) -> Any:
@@ -354,8 +357,7 @@ def _fit_xgboost(
         )
         boosters.append(booster)
         curves.append(np.array(next(iter(history["check"].values()))))
-    longest = max(map(len, curves))
-    return tuple(boosters), np.sum([np.pad(c, (0, longest - len(c)), mode="edge") for c in curves], axis=0)
+    return tuple(boosters), _padded(curves).sum(axis=0)
 
 
 def _fit_estimator(
