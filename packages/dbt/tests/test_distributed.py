@@ -20,8 +20,9 @@ pytest.importorskip("xgboost")
 da = pytest.importorskip("dask.array")
 dd = pytest.importorskip("dask.dataframe")
 
-from distributed import Client, LocalCluster  # noqa: E402
+from distributed import Client, LocalCluster, wait  # noqa: E402
 
+from decathlon.dbt import distributed as rows_in_parallel  # noqa: E402
 from decathlon.dbt.distributed import fit_dask  # noqa: E402
 
 WITH_MEAN = {"n_steps": 3, "mean_cv": 2, "n_noise": 1, "backend": "xgboost", "n_samples": 50, "random_state": 0}
@@ -149,6 +150,30 @@ def test_two_outputs_saved_and_loaded_without_dask(client, tmp_path):
         ],
         check=True,
     )
+
+
+def test_rows_to_train_on_and_to_check_with_on_different_workers(client, monkeypatch):
+    """Dask is free to do so; then every worker lacks the rows of one matrix."""
+    x, y = make(600)
+    both = np.column_stack([y, -2 * y])
+    workers = sorted(client.scheduler_info()["workers"])
+    placed = []
+
+    def matrix(client, max_bin, types, *data, **options):
+        worker = workers["ref" in options]
+        placed.append(worker)
+        *data, weight = client.persist([*data, options.pop("weight")], workers=[worker], allow_other_workers=False)
+        wait([*data, weight])
+        return original(client, max_bin, types, *data, weight=weight, **options)
+
+    original = rows_in_parallel._matrix
+    monkeypatch.setattr(rows_in_parallel, "_matrix", matrix)
+    model = fit_dask(DBTRegressor(**WITH_MEAN), *arrays(x, both), client=client)
+    assert set(placed) == set(workers)
+    assert [len(mean.boosters) for mean in model.mean_models_] == [2, 2]
+    local = DBTRegressor(**WITH_MEAN).fit(x, both)
+    for output in range(2):
+        assert np.corrcoef(model.predict(x)[:, output], local.predict(x)[:, output])[0, 1] > 0.95
 
 
 def test_sequential_is_trained_on_what_the_tree_above_makes(single):

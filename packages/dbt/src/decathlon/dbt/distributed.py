@@ -29,7 +29,16 @@ from decathlon.dbt.backends import read_xgboost_tree, xgboost_params
 from decathlon.dbt.base import TINY
 from decathlon.dbt.encoding import ColumnEncoder
 from decathlon.dbt.estimator import DBTRegressor
-from decathlon.dbt.mean import HOLDOUT, MAX_ROUNDS, PATIENCE, BoosterMean, ZeroMean, best_round, xgboost_mean_params
+from decathlon.dbt.mean import (
+    HOLDOUT,
+    MAX_ROUNDS,
+    PATIENCE,
+    BoosterMean,
+    ZeroMean,
+    best_round,
+    sum_of_curves,
+    xgboost_mean_params,
+)
 from decathlon.dbt.trainer import auto_n_noise, draw_noise
 from decathlon.dbt.trees import FlatTree
 from decathlon.shared.progress import progress
@@ -54,7 +63,7 @@ def fit_dask(estimator: DBTRegressor, X: Any, y: Any, *, client: Any = None, sam
     The result is an ordinary fitted estimator: it samples, saves and loads without dask. The workers hold all rows as
     float64 and, during a step, the `n_noise` replicas of them as float32 beside XGBoost's binned copy. `n_jobs` is not
     used: XGBoost takes the threads of each worker. The estimate of the mean has no bagging, as every worker would draw
-    its own bags, and its outputs stop early together.
+    its own bags.
 
     Args:
         estimator: With `backend="xgboost"`, and `mean_estimator` None or "zero".
@@ -234,28 +243,33 @@ def _matrix(client: Any, max_bin: int, types: Sequence[str], *data: Any, **optio
 def _fit_mean(
     estimator: DBTRegressor, client: Any, x: Any, y0: Any, w: Any, types: list[str], seed: int
 ) -> tuple[list[Any], Any]:
-    """Boosted trees for each fold, and f (n, d) of the rows. A fold is left out by weights of zero."""
+    """Boosted trees for each fold and output, and f (n, d) of the rows. A fold is left out by weights of zero."""
     n, counts = len(x), x.chunks[0]
     n_folds = None if estimator.mean_cv is None or n < 4 else min(estimator.mean_cv, n // 2)
     starts = np.cumsum([0, *counts])
     folds = _each(_deal, x, starts=starts, n_folds=n_folds or round(1 / HOLDOUT), seed=seed)
     fold = client.persist(_stack(folds, counts, 1))
     params = xgboost_mean_params(n, None, seed) | {"max_bin": estimator.max_bin}
+    # one booster an output: dask may put all rows of a matrix on one worker, and with several labels XGBoost breaks
+    # down on a worker that has no rows
+    targets = client.persist([y0[:, j] for j in range(y0.shape[1])])
     boosters, curves, sizes = [], [], []
     for k in range(n_folds or 1):
         held_out = fold[:, 0] == k
         inside, outside = client.persist([w * ~held_out, w * held_out])
-        train = _matrix(client, estimator.max_bin, types, x, y0, weight=inside)
-        check = _matrix(client, estimator.max_bin, types, x, y0, weight=outside, ref=train)
-        options = {"evals": [(check, "check")], "early_stopping_rounds": PATIENCE, "verbose_eval": False}
-        result = xgboost.dask.train(client, params, train, MAX_ROUNDS, **options)
-        boosters.append(result["booster"])
-        curves.append(np.array(result["history"]["check"]["rmse"]))
+        results = []
+        for target in targets:
+            train = _matrix(client, estimator.max_bin, types, x, target, weight=inside)
+            check = _matrix(client, estimator.max_bin, types, x, target, weight=outside, ref=train)
+            options = {"evals": [(check, "check")], "early_stopping_rounds": PATIENCE, "verbose_eval": False}
+            results.append(xgboost.dask.train(client, params, train, MAX_ROUNDS, **options))
+        boosters.append(tuple(result["booster"] for result in results))
+        curves.append(sum_of_curves([np.array(result["history"]["check"]["rmse"]) for result in results]))
         sizes.append(outside.sum())
     n_rounds = best_round(curves, _compute(client, sizes))
     bounds = _compute(client, [y0.min(0), y0.max(0)])
     categorical = tuple(column for column, kind in enumerate(types) if kind == "c")
-    models = [BoosterMean((b,), n_rounds, "xgboost", categorical, *bounds) for b in boosters]
+    models = [BoosterMean(of_fold, n_rounds, "xgboost", categorical, *bounds) for of_fold in boosters]
     f = _each(_predict_mean, x, fold, models=_share(client, models))
     return models, client.persist(_stack(f, counts, y0.shape[1]))
 

@@ -221,6 +221,11 @@ def best_round(curves: Sequence[Array], sizes: Sequence[float]) -> int:
     return int(np.argmin(np.average(_padded(curves), axis=0, weights=sizes))) + 1
 
 
+def sum_of_curves(curves: Sequence[Array]) -> Array:
+    """Loss over all outputs after every round, (longest,); a curve that ended early stays at its end."""
+    return np.asarray(_padded(curves).sum(axis=0))
+
+
 def _padded(curves: Sequence[Array]) -> Array:
     """Curves (k, longest); one that ended early stays at its end."""
     longest = max(map(len, curves))
@@ -295,7 +300,7 @@ def _fit_lightgbm(
         )
         boosters.append(booster)
         curves.append(np.array(next(iter(history["valid_0"].values()))))
-    return tuple(boosters), _padded(curves).sum(axis=0)
+    return tuple(boosters), sum_of_curves(curves)
 
 
 def _xgboost_matrix(x: Array, categorical: Sequence[int], label: Array | None = None, weight: Any = None) -> Any:
@@ -357,7 +362,7 @@ def _fit_xgboost(
         )
         boosters.append(booster)
         curves.append(np.array(next(iter(history["check"].values()))))
-    return tuple(boosters), _padded(curves).sum(axis=0)
+    return tuple(boosters), sum_of_curves(curves)
 
 
 def _fit_estimator(
