@@ -224,21 +224,143 @@ def run_bandit(
     if method == "kl" and entropy_weight > 0:
         raise ValueError("entropy_weight must be 0 for method 'kl': its generator has no likelihood")
 
-    pretrain_steps = KL_PRETRAIN_STEPS if method == "kl" else 0
+    advance = callback or (lambda: None)
     init_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    policy: _TanhGaussians | _KLGenerator
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init_seed)
-        nets = _LearnedFromData(actions, rewards, pretrain_steps + steps, torch.Generator().manual_seed(draw_seed))
-        policy: _TanhGaussians | _KLGenerator
-        for step in range(pretrain_steps + steps):
+        nets = _LearnedFromData(actions, rewards, torch.Generator().manual_seed(draw_seed))
+        if method == "dtql":
+            nets.schedule(steps)
+            policy = _TanhGaussians(nets, eta, n_starts, init_log_std, entropy_weight)
+        else:
+            nets.schedule(KL_PRETRAIN_STEPS + steps)
+            for _ in range(KL_PRETRAIN_STEPS):
+                nets.step()
+                advance()
+            policy = _KLGenerator(nets, eta)
+        for _ in range(steps):
             nets.step()
-            if step == pretrain_steps:
-                policy = (
-                    _KLGenerator(nets, eta)
-                    if method == "kl"
-                    else _TanhGaussians(nets, eta, n_starts, init_log_std, entropy_weight)
-                )
-            if step >= pretrain_steps:
-                policy.step()
-            if callback is not None:
-                callback(step + 1, pretrain_steps + steps)
+            policy.step()
+            advance()
+        every_sample, chosen = policy.judged_samples()
+
+    samples = every_sample[chosen]
+    inside = in_support(samples, data, actions)
+    radius = float(np.linalg.norm(actions, axis=1).max())
+    inside_reward = bandit_reward(samples[inside], reward, radius=radius)
+    config: dict[str, Any] = {"data": data, "reward": reward, "method": method, "steps": steps, "eta": eta, "seed": seed}
+    if method == "dtql":
+        config |= {"n_starts": n_starts, "init_log_std": init_log_std, "entropy_weight": entropy_weight}
+    return BanditResult(
+        samples=samples,
+        in_support=float(inside.mean()),
+        reward_in_support=float(inside_reward.mean()) if inside.any() else math.nan,
+        best_data_reward=float(np.quantile(rewards, BEST_QUANTILE)),
+        sd=float(np.sqrt(samples.var(axis=0).mean())),
+        all_starts_in_support=float(np.mean([in_support(start, data, actions).mean() for start in every_sample])),
+        outside_axes=float(1.0 - (np.abs(samples).max(axis=1) <= axis_limit(actions)).mean()),
+        diverged=not np.linalg.norm(samples, axis=1).mean() <= DIVERGED_FROM * radius,  # NaN has diverged too
+        seconds=time.process_time() - started,
+        config=config,
+    )
+
+
+# Learning
+
+
+class _ActionValue(nn.Module):
+    """Value of an action in units of the reward, fitted to the standardised one.
+
+    A bandit has no state to look at and no future to bootstrap from, so one net stands for both twins.
+    """
+
+    def __init__(self, rewards: Tensor) -> None:
+        super().__init__()
+        self.reward_mean, self.reward_std = float(rewards.mean()), float(rewards.std()) or 1.0
+        layers: list[nn.Module] = []
+        for width in (2, CRITIC_DIM, CRITIC_DIM):
+            layers += [nn.Linear(width, CRITIC_DIM), nn.LayerNorm(CRITIC_DIM), Mish()]
+        self.net = nn.Sequential(*layers, nn.Linear(CRITIC_DIM, 1))
+
+    def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        q = self.q_min(obs, action)
+        return q, q
+
+    def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.reward_mean + self.reward_std * self.net(action)
+
+    def loss(self, action: Tensor, reward: Tensor) -> Tensor:
+        return F.mse_loss(self.net(action), (reward - self.reward_mean) / self.reward_std)
+
+
+class _LearnedFromData:
+    """Behaviour net and critic, which learn the same way beside every policy."""
+
+    def __init__(self, actions: NDArray[np.float64], rewards: NDArray[np.float64], generator: torch.Generator) -> None:
+        self.max_action = float(np.abs(actions).max())
+        self.generator = generator
+        self.behavior = _score_network()
+        self._actions = torch.as_tensor(actions, dtype=torch.float32)
+        self._rewards = torch.as_tensor(rewards, dtype=torch.float32).unsqueeze(1)
+        self.critic = _ActionValue(self._rewards)
+        self._optimizer = make_adam((self.behavior, LR), (self.critic, LR))
+
+    def schedule(self, steps: int) -> None:
+        """Let the learning rate fall over so many steps."""
+        self._schedule = CosineAnnealingLR(self._optimizer, steps, eta_min=FINAL_LR_SHARE * LR)
+
+    def batch(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Actions [rows, 2] of the data and their rewards [rows, 1]."""
+        index = torch.randint(len(self._actions), (rows,), generator=self.generator)
+        return self._actions[index], self._rewards[index]
+
+    def step(self) -> None:
+        """One step of both nets; they share no loss, so they share the optimiser."""
+        behavior_loss = self.denoising_loss(self.behavior, self.batch(BEHAVIOR_ROWS)[0])
+        descend(self._optimizer, behavior_loss + self.critic.loss(*self.batch(CRITIC_ROWS)))
+        self._schedule.step()
+
+    def noise(self, *rows: int) -> Tensor:
+        """Standard normal draws [*rows, 2]."""
+        return torch.randn(*rows, 2, generator=self.generator)
+
+    def noise_level(self, *rows: int) -> Tensor:
+        """Draws of sigma [*rows]."""
+        return sample_sigma(math.prod(rows), generator=self.generator).view(rows)
+
+    def denoising_loss(self, net: ScoreNetwork, action: Tensor) -> Tensor:
+        """`diffusion_loss` of actions [..., 2] with fresh draws."""
+        rows = action.shape[:-1]
+        return diffusion_loss(
+            net, action, _state(action), self.noise_level(*rows), self.noise(*rows), max_action=None
+        )
+
+
+class _TanhGaussians:
+    """One-step policies side by side, each of four numbers: with one state, the paper's actor has no more that move."""
+
+    def __init__(
+        self, nets: _LearnedFromData, eta: float, n_starts: int, init_log_std: float, entropy_weight: float
+    ) -> None:
+        self._nets, self._eta, self._entropy_weight = nets, eta, entropy_weight
+        start = START_SHARE * (2.0 * torch.rand(n_starts, 1, 2, generator=nets.generator) - 1.0)
+        if n_starts == 1:
+            start.zero_()
+        self._mean = torch.atanh(start).requires_grad_()
+        self._log_std = torch.full_like(start, init_log_std).requires_grad_()
+        # each policy is as far from the others as if it had an optimiser of its own: Adam works element by element
+        self._optimizer = Adam([self._mean, self._log_std], lr=LR, fused=True)
+
+    def step(self) -> None:
+        """One step of all policies down alpha L_TR + L_q + entropy_weight L_ent with alpha = 1 / eta."""
+        nets = self._nets
+        with Frozen(nets.behavior, nets.critic):
+            action = self._act(ROWS_PER_START)
+            loss = policy_loss(
+                nets.denoising_loss(nets.behavior, action),
+                self._eta * q_loss(nets.critic, _state(action), action),
+                self._likelihood_loss(),
+                entropy_weight=self._entropy_weight,
+            )
+            descend(self._optimizer, loss)
