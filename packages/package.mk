@@ -1,9 +1,11 @@
-# The targets that every package has; a package's Makefile sets NAME and PAPER_RECIPE and includes this.
+# The targets that every package has; a package's Makefile sets NAME and PAPER_RECIPE, maybe PAPER_COMMAND, and includes
+# this.
 
 TOP := $(abspath $(dir $(lastword $(MAKEFILE_LIST)))/..)
 PYTHON := $(TOP)/.venv/bin/python
 COMMAND := $(TOP)/.venv/bin/decathlon-$(NAME)
 RUNS := $(TOP)/runs/$(NAME)
+PAPER_COMMAND ?= reproduce
 
 # more threads than cores make small fits slower, not faster
 export OMP_NUM_THREADS ?= 2
@@ -24,7 +26,7 @@ reproduce: setup ## Quick reproduction: tables, claims and figures, about three 
 
 # long, so it goes on where it was stopped; `make clean` first to begin again
 paper: setup ## The setting of the paper; the README says how long it takes
-	$(COMMAND) reproduce --config $(PAPER_RECIPE) --output $(RUNS)/paper --resume
+	$(COMMAND) $(PAPER_COMMAND) --config $(PAPER_RECIPE) --output $(RUNS)/paper --resume
 
 test: setup ## Tests of this package
 	$(PYTHON) -m pytest .

@@ -10,8 +10,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from .data import OfflineDataset
-from .environments import FORK_ID, AgentVectorEnv, make_vec_env
+from decathlon.dtql.data import OfflineDataset
+from decathlon.dtql.environments import FORK_ID, AgentVectorEnv, make_vec_env
 
 Policy = Callable[[NDArray], NDArray]
 """Observations (n, S) -> actions (n, A) in [-1, 1]; one call for each step of n environments."""
@@ -22,7 +22,7 @@ PENDULUM_REFERENCES = (-1215.0, -143.0)
 
 
 def collect_dataset(
-    env_id: str, policy: Policy | Sequence[Policy] | None, n_steps: int, seed: int = 0, num_envs: int = 8
+    env_id: str, policy: Policy | Sequence[Policy | None] | None, n_steps: int, seed: int = 0, num_envs: int = 8
 ) -> OfflineDataset:
     """Exactly `n_steps` transitions of a policy, or of several in equal shares.
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .d4rl import episode_limit, fetch_d4rl, read_d4rl_hdf5, write_d4rl_hdf5
-from .transitions import Array, Flags, checked_arrays, kept_steps, transitions_of, tune_rewards
+from decathlon.dtql.d4rl import episode_limit, fetch_d4rl, read_d4rl_hdf5, write_d4rl_hdf5
+from decathlon.dtql.transitions import Array, Flags, checked_arrays, kept_steps, transitions_of, tune_rewards
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -129,7 +129,7 @@ class OfflineDataset:
     @classmethod
     def from_minari(cls, dataset: str | MinariDataset, download: bool = False) -> OfflineDataset:
         """Transitions of a Minari set; none is lost at a truncation. See `minari_io.read_minari`."""
-        from .minari_io import read_minari
+        from decathlon.dtql.minari_io import read_minari
 
         return cls(**checked_arrays(read_minari(dataset, download=download), max_action=1.0))
 
@@ -166,7 +166,7 @@ class OfflineDataset:
 
     def to_minari(self, dataset_id: str, env_id: str | None = None, **metadata: Any) -> MinariDataset:
         """Save the transitions as a local Minari set. See `minari_io.write_minari`."""
-        from .minari_io import write_minari
+        from decathlon.dtql.minari_io import write_minari
 
         return write_minari(self, dataset_id, env_id, **metadata)
 

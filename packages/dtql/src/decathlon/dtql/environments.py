@@ -13,8 +13,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .d4rl import D4RL_REGISTRY, d4rl_environment
-from .spaces import check_action_space, check_observation_space, flatten_batch, to_box
+from decathlon.dtql.d4rl import D4RL_REGISTRY, d4rl_environment
+from decathlon.dtql.spaces import check_action_space, check_observation_space, flatten_batch, to_box
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]

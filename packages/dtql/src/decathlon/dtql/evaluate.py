@@ -13,9 +13,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
-from .d4rl import D4RL_REGISTRY, normalized_score, score_name
-from .environments import AgentVectorEnv, make_env, make_vec_env
-from .spaces import check_action_space, check_observation_space, flatten_batch, to_box
+from decathlon.dtql.d4rl import D4RL_REGISTRY, normalized_score, score_name
+from decathlon.dtql.environments import AgentVectorEnv, make_env, make_vec_env
+from decathlon.dtql.spaces import check_action_space, check_observation_space, flatten_batch, to_box
 
 DEFAULT_NUM_ENVS = 10
 """Environments side by side unless told otherwise; those that step as one array run all episodes side by side."""

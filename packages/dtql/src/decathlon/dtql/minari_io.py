@@ -9,12 +9,12 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from .spaces import check_action_space, check_observation_space, flatten_batch, from_box, to_box
+from decathlon.dtql.spaces import check_action_space, check_observation_space, flatten_batch, from_box, to_box
 
 if TYPE_CHECKING:
     from minari import MinariDataset
 
-    from .data import OfflineDataset
+    from decathlon.dtql.data import OfflineDataset
 
 
 def _minari() -> Any:

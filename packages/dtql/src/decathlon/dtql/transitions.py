@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .d4rl import D4RL_KEYS
+from decathlon.dtql.d4rl import D4RL_KEYS
 
 Array = NDArray[np.floating]
 Flags = NDArray[np.bool_]
