@@ -178,7 +178,7 @@ def test_recipes_that_cannot_run(recipe, message, monkeypatch):
         plan(recipe)
 
 
-@pytest.mark.parametrize(("field", "least"), [("n_samples", 2), ("treeffuser_rows", 1), ("max_train_rows", 1)])
+@pytest.mark.parametrize(("field", "least"), [("n_samples", 2), ("treeffuser_rows", 1), ("max_train_rows", 2)])
 def test_numbers_of_a_recipe_are_checked(field, least):
     with pytest.raises(UserError, match=f"{field} must be at least {least}, got {least - 1}"):
         Recipe(**{field: least - 1})
