@@ -120,9 +120,9 @@ def test_against_ngboost(name: str, records: list[Record]) -> None:
     keep(records, "peers", work, "fit time / NGBoost's", fit / their_fit, "at most 0.25", fit)
 
 
+@quiet_lightgbm()
 def test_flat_trees_against_booster_predict(records: list[Record]) -> None:
     """What a chain asks of its trees: T trees, each for n rows with S values of y_t."""
-    quiet_lightgbm()
     n_trees, n, n_columns = 50, 500, 8
     rng = np.random.default_rng(0)
     x = rng.standard_normal((n, n_columns))

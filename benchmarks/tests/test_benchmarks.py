@@ -479,7 +479,14 @@ def test_an_interrupt_ends_the_reproduction_and_its_children(tmp_path, add_packa
         "from benchmarks.quality import main;"
         f"sys.exit(run_main(lambda: main([], Path({str(tmp_path)!r}))))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=catalogue.ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=catalogue.ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     pids = tmp_path / "counter.pids"
     deadline = time.monotonic() + 60
     while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:

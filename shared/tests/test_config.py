@@ -21,6 +21,16 @@ class Optimizer:
 
 
 @dataclass
+class Part:
+    """Some data."""
+
+    data: list[str]
+    """Data sets."""
+    seeds: int = 3
+    """How many."""
+
+
+@dataclass
 class TrainConfig:
     """Options of `train`."""
 
@@ -38,6 +48,8 @@ class TrainConfig:
     """Columns to use."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     """How to step."""
+    parts: list[Part] = field(default_factory=lambda: [Part(["a"]), Part(["b"], 2)])
+    """What to train on."""
     resume: bool = False
     """Go on with a run."""
 
@@ -154,12 +166,20 @@ def test_a_file_gives_fields_and_flags_go_over_it(file):
     assert load_config(TrainConfig, path, data="d.csv", batch_size=9).batch_size == 9
 
 
+@pytest.mark.parametrize("one", ["4", "[4]"])
+def test_one_value_in_a_file_will_do_for_a_list(file, one):
+    path = file(f"seeds: {one}\ncolumns: 1e-3\nrate: 1e-3\n")
+    expected = TrainConfig("d.csv", seeds=[4], columns=["1e-3"], rate=0.001)
+    assert parsed("--config", path) == load_config(TrainConfig, path, data="d.csv") == expected
+
+
 def test_print_config_is_a_file_that_gives_the_same(file, capsys):
     with pytest.raises(SystemExit) as stop:
         run("train", "--data", "d.csv", "--seeds", 4, 5, "--print_config")
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["seeds"] == [4, 5]
+    assert yaml.safe_load(printed)["parts"] == [{"data": ["a"], "seeds": 3}, {"data": ["b"], "seeds": 2}]
     assert load_config(TrainConfig, file(printed)) == TrainConfig("d.csv", seeds=[4, 5])
 
 

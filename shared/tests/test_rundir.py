@@ -92,6 +92,14 @@ def test_a_run_of_another_config_is_left_alone(tmp_path):
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
+@pytest.mark.parametrize("text", ["- a\n- list\n", "", "[not: yaml", "1: a", "just text"])
+def test_a_config_of_something_else_is_left_alone(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="choose another output"):
+        RunDirectory(tmp_path, Config(), resume=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("x")

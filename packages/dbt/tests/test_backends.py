@@ -11,7 +11,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 from decathlon.dbt.backends import (
     LightGBMGrower,
     XGBoostGrower,
-    quiet_lightgbm,
     read_lightgbm_tree,
     xgboost_params,
 )
@@ -206,6 +205,34 @@ def test_xgboost_that_is_not_installed(monkeypatch):
         XGBoostGrower(np.zeros((9, 1)), reference_y=np.zeros((9, 1)), **options(categorical=[]))
 
 
-def test_quiet_lightgbm_may_be_called_again():
-    quiet_lightgbm()
-    quiet_lightgbm()
+class Log:
+    def __init__(self):
+        self.lines = []
+
+    def info(self, message):
+        self.lines.append(message)
+
+    warning = info
+
+
+def test_the_users_logger_of_lightgbm_comes_back():
+    log = Log()
+    state = lgb.basic._LOGGER, lgb.basic._INFO_METHOD_NAME, lgb.basic._WARNING_METHOD_NAME
+    lgb.register_logger(log)
+    try:
+        x, y = np.random.default_rng(0).normal(size=(2, 200, 1))
+        grower = LightGBMGrower(x, **options(categorical=[]))
+        grower.grow(y, y[:, 0])
+        assert not log.lines
+        lgb.train({"num_threads": 1, "verbose": 1}, lgb.Dataset(x, y[:, 0]), 1)
+        assert log.lines
+    finally:
+        lgb.basic._LOGGER, lgb.basic._INFO_METHOD_NAME, lgb.basic._WARNING_METHOD_NAME = state
+
+
+@pytest.mark.parametrize("alias", ["min_data_in_leaf", "min_child_samples", "min_data"])
+def test_tree_parameters_under_an_alias_count(alias):
+    x, y = np.random.default_rng(0).normal(size=(2, 500, 1))
+    given = options(categorical=[]) | {"min_child": 5, "params": {alias: 200}}
+    assert LightGBMGrower(x, **given).grow(y, y[:, 0]).n_leaves <= 2
+    assert LightGBMGrower(x, **given | {"params": None}).grow(y, y[:, 0]).n_leaves > 2

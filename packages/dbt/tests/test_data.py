@@ -126,6 +126,7 @@ def test_split_target(frame):
         (["price"], ["id"], "table.csv: no column 'id'"),
         (["size"], [], "table.csv: Input y contains NaN: column 'size' has 1 missing values"),
         ([], [], "name at least one target column"),
+        (["price", "price"], [], "name every target column once, got 'price', 'price'"),
         (["price"], ["size", "region", "garden", "code"], "no covariate column is left"),
     ],
 )

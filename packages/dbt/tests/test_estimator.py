@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.integrate import trapezoid
+from scipy.sparse import csr_matrix
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.compose import TransformedTargetRegressor
@@ -590,6 +591,28 @@ def test_invalid_temperature(table, temperature, message):
         DBTClassifier(**FAST, temperature=temperature).fit(table[0], table[0][:, 0] > 0)
 
 
+def test_a_response_with_none():
+    with pytest.raises(ValueError, match="Input y contains NaN"):
+        DBTRegressor(**FAST).fit(np.zeros((9, 1)), np.array([*range(8), None], object))
+
+
+def test_sparse_covariates_with_categories():
+    with pytest.raises(TypeError, match="Sparse data was passed"):
+        DBTRegressor(**FAST, categorical_features=[0]).fit(csr_matrix((9, 2)), np.arange(9.0))
+
+
+def test_categories_without_an_order():
+    x = pd.DataFrame({"kind": [1, "a", 2] * 3})
+    with pytest.raises(ValueError, match="categories of column 'kind' have no order"):
+        DBTRegressor(**FAST, categorical_features=["kind"]).fit(x, np.arange(9.0))
+
+
+@pytest.mark.parametrize("name", ["num_parallel_tree", "reg_sqrt", "boosting_type", "n_estimators"])
+def test_parameters_of_the_trees_that_a_step_rests_on(name):
+    with pytest.raises(ValueError, match=f"tree_params must not set .*{name}"):
+        DBTRegressor(**FAST, tree_params={name: 2}).fit(np.zeros((9, 1)), np.arange(9.0))
+
+
 @ESTIMATORS
 @pytest.mark.parametrize(
     ("x", "y", "message"),
@@ -601,6 +624,7 @@ def test_invalid_temperature(table, temperature, message):
         (np.zeros((9, 0)), np.arange(9) % 2, r"0 feature\(s\)"),
         (np.zeros(9), np.arange(9) % 2, "Expected 2D array, got 1D array instead"),
         (np.zeros((9, 1), complex), np.arange(9) % 2, "Complex data not supported"),
+        (pd.DataFrame({"a": np.zeros(9, complex)}), np.arange(9) % 2, "column 'a' has dtype complex128"),
     ],
 )
 def test_invalid_data(estimator, x, y, message):

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -104,6 +105,17 @@ def test_mean_classifier():
     assert (model.classes_[proba.argmax(axis=1)] == y).mean() > 0.95
 
 
+def test_mean_classifier_takes_categories_as_its_own():
+    kind = pd.Categorical(["a", "b", "c", "d"] * 50)
+    y = np.where(kind.codes % 2, "odd", "even")
+    x = pd.DataFrame({"kind": kind, "size": np.arange(200.0)})
+    model = MeanClassifier().fit(x, y)
+    proba = model.predict_proba(x)
+    assert (model.classes_[proba.argmax(axis=1)] == y).all()
+    new = pd.DataFrame({"kind": pd.Categorical(["b", "zebra"]), "size": [3.0, 3.0]})
+    np.testing.assert_allclose(model.predict_proba(new)[0], proba[1], atol=0.05)
+
+
 def test_absent_peers_are_skipped_with_a_line(monkeypatch):
     assert unavailable("numpy") is None
     assert unavailable("no_such_package").startswith("no_such_package is not installed")
@@ -151,6 +163,11 @@ def test_protein_has_five_splits():
         (Recipe(parts=[Part(["iris"], ["dbt"])]), "unknown data set 'iris' in the recipe; known are bimodal"),
         (Recipe(parts=[Part(["bimodal"], ["card"])]), "unknown method 'card' in the recipe; known are dbt"),
         (Recipe(parts=[Part(["bimodal"], ["dbt"], seeds=0)]), "seeds must be at least 1, got 0"),
+        (Recipe(parts=[Part(["bimodal"], ["dbt"], first_seed=-1)]), "first_seed must be at least 0, got -1"),
+        (Recipe(parts=[Part(["bimodal"], ["dbt"], missing=[0.5, 1.5])]), "missing must hold shares .*, got 1.5"),
+        (Recipe(parts=[Part(["bimodal", "protein"], ["dbt"], first_seed=5)], smoke=True), "protein has 5 splits, so"),
+        (Recipe(parts=[Part(["yacht"], ["dbt"], optional=True)]), "nothing to run; skipped: UCI set yacht"),
+        (Recipe(parts=[]), "the recipe has nothing to run"),
         (Recipe(parts=[Part(["yacht"], ["dbt"])]), "UCI set yacht: no data folder is given"),
         (Recipe(parts=[Part(["table"], ["dbt"])]), "give --openml_id ID"),
     ],
@@ -161,10 +178,10 @@ def test_recipes_that_cannot_run(recipe, message, monkeypatch):
         plan(recipe)
 
 
-@pytest.mark.parametrize("field", ["n_samples", "treeffuser_rows", "max_train_rows"])
-def test_numbers_of_a_recipe_are_checked(field):
-    with pytest.raises(UserError, match=f"{field} must be at least 1, got 0"):
-        Recipe(**{field: 0})
+@pytest.mark.parametrize(("field", "least"), [("n_samples", 2), ("treeffuser_rows", 1), ("max_train_rows", 2)])
+def test_numbers_of_a_recipe_are_checked(field, least):
+    with pytest.raises(UserError, match=f"{field} must be at least {least}, got {least - 1}"):
+        Recipe(**{field: least - 1})
 
 
 def test_methods_share_their_rows():
@@ -272,7 +289,9 @@ def test_the_hardest_baseline_decides():
     assert all(c.shown for c in verdicts(found).values() if "under all" in c.claim)
     found |= fake("diabetes", "ngboost", 0, base - 1)
     claim = verdicts(found)["test/diabetes", "CRPS of DBT under all of: f + Gaussian residual, NGBoost"]
-    assert claim.shown is False and "NGBoost" in claim.measured
+    assert claim.shown is False and claim.measured.startswith("CRPS DBT - NGBoost: 1 [1, 1] on 200 rows (")
+    # the others follow, with their own intervals
+    assert claim.measured.endswith("); f + Gaussian residual: -1 [-1, -1]")
 
 
 def test_the_margin_on_the_toy_and_absent_methods():
@@ -340,6 +359,8 @@ def test_a_run_leaves_records_claims_and_figures(tmp_path):
     text = outcome.tables()
     assert "small/diabetes/missing-20" in text and "LightGBM quantiles" in text
     assert (outcome.folder / "results.md").read_text() == outcome.tables("github") + "\n"
+    lines = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(plan(SMALL)[0]) + 1))
     assert "| " in outcome.tables("github")
 
 
@@ -367,22 +388,43 @@ def recipe(tmp_path):
     return str(path)
 
 
+# However late the signal comes, it comes in time: when all cells are there the run waits for it.
+WITHOUT_END = """
+import sys, time
+from decathlon.dbt import cli, experiment
+
+experiment.make_records = lambda *_: time.sleep(600)
+sys.exit(cli.main())
+"""
+
+
+def run_in_background(*command):
+    return subprocess.Popen(
+        [sys.executable, "-c", WITHOUT_END, *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for_cells(folder, count, process):
+    end = time.monotonic() + 300
+    while len(list(folder.glob("[!.]*.json"))) < count:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_figures(tmp_path, capsys, recipe):
     command = ["reproduce", "--config", recipe, "--jobs", "1", "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "decathlon.dbt.cli", *command, str(tmp_path / "killed")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = run_in_background(*command, str(tmp_path / "killed"))
     cells = tmp_path / "killed" / "cells"
-    end = time.monotonic() + 60
-    while len(list(cells.glob("[!.]*.json"))) < 5:
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
+    wait_for_cells(cells, 5, process)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(30)
+    process.communicate(timeout=300)
     assert not (tmp_path / "killed" / "records.jsonl").exists()
     kept = {path: path.stat().st_mtime_ns for path in cells.glob("[!.]*.json")}
     capsys.readouterr()
@@ -394,19 +436,10 @@ def test_a_run_that_is_killed_goes_on_to_the_same_figures(tmp_path, capsys, reci
 
 def test_ctrl_c_ends_with_one_line_and_keeps_what_is_finished(tmp_path, recipe):
     output = tmp_path / "run"
-    command = ["reproduce", "--config", recipe, "--jobs", "1", "--output", str(output)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "decathlon.dbt.cli", *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    end = time.monotonic() + 60
-    while len(list((output / "cells").glob("[!.]*.json"))) < 3:
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
+    process = run_in_background("reproduce", "--config", recipe, "--jobs", "1", "--output", str(output))
+    wait_for_cells(output / "cells", 3, process)
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=30)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 130
     assert "--resume" in error and "Traceback" not in error
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.dummy import DummyClassifier
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LinearRegression
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeRegressor
 
 from decathlon.dbt.mean import fit_mean, mean_prediction
@@ -249,3 +251,31 @@ def test_a_regressor_is_no_classifier():
     with pytest.raises(ValueError, match="mean_estimator must have fit and predict_proba"):
         fit(x, np.arange(20) % 2, estimator=LinearRegression(), n_classes=2)
     fit(x, np.arange(20) % 2, estimator=RandomForestClassifier(3, random_state=0), n_classes=2)
+
+
+def test_an_estimator_without_a_seed_gets_one():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 3))
+    y = x[:, :1] + rng.normal(size=(120, 1))
+    forest = make_pipeline(StandardScaler(), RandomForestRegressor(5))
+    first, again, other = (fit(x, y, estimator=forest, seed=seed)[1] for seed in (3, 3, 4))
+    assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert forest[-1].random_state is None
+
+
+def test_a_fold_that_an_estimator_cannot_take():
+    x = np.arange(20.0)[:, None]
+    y = (np.arange(20) == 3).astype(int)
+    with pytest.raises(ValueError, match=r"mean_estimator LogisticRegression could not be fitted to 10 of the rows"):
+        fit(x, y, estimator=LogisticRegression(), n_folds=2, n_classes=2)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_units_of_the_covariates_do_not_matter(unit):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 4))
+    y = (x @ [1.0, -1.0, 0.5, 0.0])[:, None] + 0.1 * rng.normal(size=(600, 1))
+    expected = fit(x, y)[1]
+    found = fit(x * unit + unit, y)[1]
+    assert_allclose(found, expected, atol=0.02)

@@ -90,3 +90,5 @@ def test_the_fraud_recipe_takes_a_file(tmp_path, capsys):
     assert main([*command, "--target", "fraud", "--seeds", "2", "--jobs", "1", "--output", str(tmp_path / "r")]) == 0
     accuracy = [r for r in read_records(tmp_path / "r" / "records.jsonl") if r.metric == "accuracy"]
     assert accuracy[0].value == 1.0 and accuracy[0].experiment == "paper-fraud/table"
+    # f alone takes the column of strings as well
+    assert main([*command, "--target", "fraud", "--seeds", "1", "--methods", "f", "--output", str(tmp_path / "f")]) == 0

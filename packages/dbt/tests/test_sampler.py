@@ -88,6 +88,7 @@ def test_equals_the_reverse_chain(table, backend, prediction_type, reverse_varia
         prediction_type=prediction_type,
         residual_variance=model.residual_variance_,
         return_path=True,
+        bounds=model._bounds,
     )
     path = sampler_of(model).sample(np.column_stack([x, f]), f, n_samples=20, seed=5, antithetic=True, return_path=True)
     assert path.shape == np.shape(expected) == (7, 9, 20, d)
@@ -292,6 +293,25 @@ def test_known_conditionals(backend, options):
     samples = model.sample(new, 40)
     distances = scaled_distances([samples[group == g].ravel() for g in range(3)])
     assert (distances < 0.03).all(), distances
+    for g in range(3):  # a few samples far away hardly change a distance
+        assert samples[group == g].std() < 1.5 * y[group == g].std()
+
+
+@pytest.mark.parametrize("trajectory", ["forward", "sequential"])
+@pytest.mark.parametrize("n_steps", [10, 200])
+@pytest.mark.parametrize("reverse_variance", ["leaf", "posterior"])
+def test_epsilon_does_not_run_away(n_steps, trajectory, reverse_variance):
+    """Where a tree is flat, a step that trusts it multiplies what is left over."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 2))
+    y = x[:, 0] + 0.3 * rng.normal(size=400)
+    options = {"n_steps": n_steps, "trajectory": trajectory, "reverse_variance": reverse_variance}
+    model = DBTRegressor(prediction_type="epsilon", n_noise=5, random_state=0, **options).fit(x, y)
+    path = model.sample(x, 50, return_path=True)
+    assert np.abs(path - y.mean()).max() < 8 * y.std()
+    if reverse_variance == "posterior":  # the last step lands on the bounded y_0 itself
+        assert y.min() - 1e-5 < path[0].min() and path[0].max() < y.max() + 1e-5
+    assert path[0].std(axis=1).mean() < 1.5 * y.std()  # it was 20 and more without the bounds
 
 
 def test_a_gaussian_of_the_right_moments_would_not_do():

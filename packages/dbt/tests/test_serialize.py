@@ -390,3 +390,22 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, model_beside):
     with pytest.raises(ValueError, match="is no saved model: choose another folder"):
         model.save(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_parameters_set_after_the_fit_are_for_the_next_one(table, tmp_path):
+    x, y = table
+    model = DBTRegressor(n_steps=5, n_noise=2, mean_cv=2, n_samples=9, random_state=0).fit(x, y)
+    before = model.sample(x[:5])
+    model.set_params(prediction_type="y0", reverse_variance="posterior")
+    assert_array_equal(model.sample(x[:5]), before)
+    model.save(tmp_path / "model")
+    loaded = DBTRegressor.load(tmp_path / "model")
+    assert loaded.prediction_type == "y0"
+    assert_array_equal(loaded.sample(x[:5]), before)
+
+
+def test_bounds_of_epsilon(table, tmp_path):
+    x, y = table
+    model = DBTRegressor(n_steps=5, n_noise=2, mean_cv=2, prediction_type="epsilon", random_state=0).fit(x, y)
+    model.save(tmp_path / "model")
+    assert_array_equal(DBTRegressor.load(tmp_path / "model").sample(x[:5], 9), model.sample(x[:5], 9))

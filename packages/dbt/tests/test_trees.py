@@ -56,8 +56,8 @@ def at_thresholds(rng, tree, columns):
     return np.where(np.abs(columns) < 1e-34, 0.0, columns)  # LightGBM makes them 0 before its trees see them
 
 
+@quiet_lightgbm()
 def train_lightgbm(columns, target, d, **params):
-    quiet_lightgbm()
     params = {"learning_rate": 1.0, "boost_from_average": False, "num_threads": 1, "verbose": -1} | params
     data = lgb.Dataset(columns, target, categorical_feature=[d + 2], params=params)
     booster = lgb.Booster(params, data)

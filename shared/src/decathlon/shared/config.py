@@ -4,12 +4,11 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
-import os
 import re
 import sys
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -48,8 +47,8 @@ def run_cli(prog: str, description: str, commands: Commands, argv: Sequence[str]
     try:
         if name not in commands:
             return _overview(prog, description, commands, name)
-        (cls,) = (hint for key, hint in typing.get_type_hints(commands[name]).items() if key != "return")
-        if "resume" in _names(cls):
+        (cls,) = (hint for key, hint in get_type_hints(commands[name]).items() if key != "return")
+        if "resume" in get_type_hints(cls):
             hint = ": what was finished is kept; run the same command with --resume to go on"
         parser = _command_parser(cls, f"{prog} {name}", _summary(commands[name]))
         commands[name](_instantiate(cls, parser, parser.parse_args(_spell_out(flags, cls))))
@@ -62,7 +61,7 @@ def run_cli(prog: str, description: str, commands: Commands, argv: Sequence[str]
     return 0
 
 
-def load_config(cls: type[Config], path: str | os.PathLike[str], **overrides: Any) -> Config:
+def load_config(cls: type[Config], path: str | Path, **overrides: Any) -> Config:
     """A dataclass from a YAML file, checked as a command line would be; `overrides` go over the file.
 
     Raises:
@@ -74,8 +73,8 @@ def load_config(cls: type[Config], path: str | os.PathLike[str], **overrides: An
 
 def _overview(prog: str, description: str, commands: Commands, argument: str) -> int:
     """What the program does where no command is named: --help, --version or a mistake."""
-    more = f"`{prog} COMMAND --help` explains its options."
     version = next((found.version for found in importlib.metadata.distributions(name=prog)), "(not installed)")
+    more = f"`{prog} COMMAND --help` explains its options."
     parser = argparse.ArgumentParser(prog, description=description, epilog=more)
     parser.add_argument("--version", action="version", version=f"{prog} {version}", help="print the version and exit")
     listed = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -89,20 +88,22 @@ def _overview(prog: str, description: str, commands: Commands, argument: str) ->
     return 2
 
 
-def _read_yaml(cls: type, path: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
     """The fields of `cls` that a file gives."""
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of the form key: value, got {values!r:.80}")
-    for key in values:
-        if key not in _names(cls):
-            raise UserError(f"{path}: unknown key {key!r}; known are {', '.join(_names(cls))}")
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{path}: unknown key {key!r}; known are {', '.join(hints)}")
+        if _takes_list(hints[key]) and isinstance(value, (str, int, float)):
+            values[key] = [value]  # as on the command line
     return values
 
 
@@ -114,37 +115,38 @@ def _spell_out(arguments: Sequence[str], cls: type) -> list[str]:
             groups.append(argument.split("=", 1))
         else:
             groups[-1].append(argument)
-    hints = typing.get_type_hints(cls)
     spelled: list[str] = []
     for flag, *values in sorted(groups, key=lambda group: group[0] != "--config"):
-        hint = hints.get(flag.removeprefix("--"))
+        hint = get_type_hints(cls).get(flag.removeprefix("--"))
         if flag == "--config":
-            for path in values:
-                _read_yaml(cls, path)  # for its error messages
+            values = [json.dumps(_read_yaml(cls, path), ensure_ascii=False, default=str) for path in values]
         elif hint is bool and not values:
             values = ["true"]
-        elif any(typing.get_origin(option) is list for option in (hint, *typing.get_args(hint))):
-            plain = values and values != ["null"] and values[0][:1] not in ("[", "{")
-            values = [json.dumps(values)] if plain else values
+        elif _takes_list(hint) and values and values != ["null"] and values[0][:1] not in ("[", "{"):
+            values = [json.dumps(values)]
         spelled += [f"{flag}={values[0]}", *values[1:]] if values else [flag]
     return spelled
+
+
+def _takes_list(hint: Any) -> bool:
+    return any(get_origin(option) is list for option in (hint, *get_args(hint)))
 
 
 def _summary(command: Callable[[Any], Any]) -> str:
     return (command.__doc__ or "").partition("\n")[0]
 
 
-def _names(cls: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
-
-
 def _command_parser(cls: type, prog: str | None = None, description: str | None = None) -> _Parser:
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the following; flags go over it")
     parser.add_class_arguments(cls, None)
+    for field in dataclasses.fields(cls):
+        items = field.default_factory() if callable(field.default_factory) else None
+        if isinstance(items, list) and all(map(dataclasses.is_dataclass, items)):  # --print_config writes no instances
+            parser.set_defaults({field.name: [dataclasses.asdict(item) for item in items]})
     return parser
 
 
 def _instantiate(cls: type[Config], parser: _Parser, parsed: Namespace) -> Config:
     values = parser.instantiate(parsed)
-    return cls(**{name: values[name] for name in _names(cls)})
+    return cls(**{name: values[name] for name in get_type_hints(cls)})

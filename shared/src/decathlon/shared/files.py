@@ -26,6 +26,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         for file in files:  # on disk before it is in its place
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
+        if target.is_file():
+            shutil.copymode(target, temporary)
         if target.is_dir():
             if not temporary.is_dir():
                 raise IsADirectoryError(f"{target} is a directory: a file cannot take its place")

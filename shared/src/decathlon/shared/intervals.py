@@ -32,7 +32,9 @@ def bootstrap_mean(values: ArrayLike, confidence: float = 0.95, rng: int = 0) ->
     if np.ptp(array) == 0:
         return Interval(mean, mean, mean)
     generator = np.random.default_rng(rng)
-    ends = bootstrap((array,), np.mean, confidence_level=confidence, method="percentile", rng=generator)
+    # in batches: all resamples of some thousand values at once would take gigabytes
+    options = {"confidence_level": confidence, "method": "percentile", "batch": 100, "rng": generator}
+    ends = bootstrap((array,), np.mean, **options)
     return Interval(mean, float(ends.confidence_interval.low), float(ends.confidence_interval.high))
 
 

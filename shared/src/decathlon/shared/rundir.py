@@ -31,16 +31,19 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, config: Any = None, resume: bool = False) -> None:
         self.path = Path(path)
-        self.figures = self.path / "figures"
-        values, written = _plain(config), self.path / "config.yaml"
+        self.figures, written = self.path / "figures", self.path / "config.yaml"
+        values = dict(config or {}) if config is None or isinstance(config, Mapping) else dataclasses.asdict(config)
+        values = json.loads(json.dumps(values, default=os.fspath))  # as YAML holds it: tuples are lists, paths text
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, not a directory: choose another output")
         if written.exists():
             if not resume:
                 raise UserError(f"{self.path} holds a run already: give --resume to go on, or choose another output")
-            before = yaml.safe_load(written.read_text(encoding="utf-8"))
-            changed = [key for key in {**before, **values} if before.get(key, ...) != values.get(key, ...)]
-            if changed:
+            try:
+                before = dict(yaml.safe_load(written.read_text(encoding="utf-8")))
+            except (ValueError, TypeError, yaml.YAMLError):
+                raise UserError(f"{written} holds no config of a run: choose another output") from None
+            if changed := [str(key) for key in {**before, **values} if before.get(key, ...) != values.get(key, ...)]:
                 raise UserError(f"{self.path} holds a run with another {', '.join(changed)}: choose another output")
         elif self.path.is_dir() and any(not child.name.startswith(".") for child in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run: choose another output")
@@ -77,9 +80,3 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "commit": commit,
     }
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """A dataclass or mapping as what YAML can hold: tuples become lists, paths text."""
-    values = dict(config or {}) if config is None or isinstance(config, Mapping) else dataclasses.asdict(config)
-    return json.loads(json.dumps(values, default=os.fspath))

@@ -7,7 +7,8 @@ joins a fresh `y_t` to them, fits one tree (learning rate 1, squared error) for 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import lightgbm as lgb
@@ -42,9 +43,27 @@ class _Quiet:
         pass
 
 
-def quiet_lightgbm() -> None:
-    """Silence LightGBM's log in this process (it has one logger for all boosters)."""
+@contextmanager
+def quiet_lightgbm() -> Iterator[None]:
+    """Silence LightGBM's log, which has one logger for all boosters of a process; the one before comes back."""
+    state = ("_LOGGER", "_INFO_METHOD_NAME", "_WARNING_METHOD_NAME")
+    before = [getattr(lgb.basic, name) for name in state]
     lgb.register_logger(_Quiet())
+    try:
+        yield
+    finally:
+        for name, value in zip(state, before, strict=True):
+            setattr(lgb.basic, name, value)
+
+
+def _by_lightgbm_names(params: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """`params` with those of `names` that stand there under an alias: an alias would lose to the name itself."""
+    found = dict(params)
+    for name in names:
+        for alias in lgb.basic._ConfigAliases.get(name) - {name}:
+            if alias in found:
+                found[name] = found.pop(alias)
+    return found
 
 
 class LightGBMGrower:
@@ -62,6 +81,7 @@ class LightGBMGrower:
         params: LightGBM parameters that go over these.
     """
 
+    @quiet_lightgbm()
     def __init__(
         self,
         x: Array,
@@ -91,9 +111,8 @@ class LightGBMGrower:
             "force_col_wise": True,
             "seed": seed % 2**31,
             "verbose": -1,
-            **(params or {}),
         }
-        quiet_lightgbm()
+        self._params |= _by_lightgbm_names(params or {}, self._params)
         self._weight = weight
         self._x = lgb.Dataset(
             x, params=self._params, categorical_feature=list(categorical), free_raw_data=False
@@ -101,6 +120,7 @@ class LightGBMGrower:
         self._x.data = None  # binned now; every join would copy the raw columns too
         self._joined: tuple[Array, lgb.Dataset] | None = None
 
+    @quiet_lightgbm()
     def grow(self, y: Array, target: Array) -> FlatTree:
         """One tree; see `Grower`."""
         if self._joined is None or self._joined[0] is not y:  # the outputs of one step share y_t

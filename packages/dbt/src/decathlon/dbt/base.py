@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -21,7 +22,15 @@ from decathlon.dbt.mean import fit_mean
 from decathlon.dbt.objectives import PREDICTION_TYPES, DiffusionSchedule
 from decathlon.dbt.sampler import ChainSampler
 from decathlon.dbt.serialize import load, save
-from decathlon.dbt.trainer import TRAJECTORIES, ChainConfig, ChainData, auto_n_noise, check_workers, fit_steps
+from decathlon.dbt.trainer import (
+    TRAJECTORIES,
+    ChainConfig,
+    ChainData,
+    auto_n_noise,
+    check_workers,
+    fit_steps,
+    y0_bounds,
+)
 
 Array = NDArray[np.float64]
 
@@ -38,14 +47,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reverse_variance": "posterior",
         "mean_cv": None,
         "min_child_samples": 1,
+        "stratified_noise": False,
+        "antithetic": False,
     },
 }
 """Named settings: "fast" are the defaults; "paper" is the setting of arXiv 2406.01813 as far as it is known."""
 
 # what the equations of the chain and the flat trees rest on
 _FIXED_TREE_PARAMS = frozenset(
-    {"objective", "learning_rate", "eta", "boosting", "booster", "num_iterations", "num_boost_round", "n_estimators"}
-    | {"linear_tree", "base_score", "num_class", "boost_from_average", "multi_strategy"}
+    {"objective", "application", "app", "loss", "learning_rate", "shrinkage_rate", "eta", "base_score", "num_class"}
+    | {"boosting", "boosting_type", "boost", "booster", "boost_from_average", "multi_strategy", "reg_sqrt"}
+    | {"num_iterations", "num_iteration", "n_iter", "num_boost_round", "num_round", "num_rounds", "nrounds"}
+    | {"num_tree", "num_trees", "n_estimators", "max_iter", "num_parallel_tree", "linear_tree", "linear_trees"}
 )
 TINY = 1e-12  # least residual variance: below it f explains the response to rounding
 
@@ -55,6 +68,7 @@ class DBTBase(BaseEstimator):
 
     _preset_samples = 1000
     _encoder: ColumnEncoder
+    _bounds: Array | None = None
 
     def __init__(
         self,
@@ -172,8 +186,10 @@ class DBTBase(BaseEstimator):
         elif self.categorical_features is None or isinstance(self.categorical_features, str):
             categories = ColumnEncoder.choose_categorical(None, self.categorical_features)
         else:
-            X = np.asarray(X)
-            categories = ColumnEncoder.choose_categorical(X, self.categorical_features) if X.ndim == 2 else {}
+            X = X if issparse(X) else np.asarray(X)  # sparse covariates are refused below
+            categories = {}
+            if X.ndim == 2 and not issparse(X):
+                categories = ColumnEncoder.choose_categorical(X, self.categorical_features)
         if isinstance(X, pd.DataFrame) or (categories and np.ndim(X) == 2):
             if not reset:  # other columns than at fit are refused before any of them is encoded
                 validate_data(self, X, reset=False, skip_check_array=True)
@@ -244,22 +260,29 @@ class DBTBase(BaseEstimator):
             categorical=categorical,
             seed=seed,
         )
-        data = ChainData(x, y0, prior_mean, self.residual_variance_, weight)
+        self._bounds = y0_bounds(self.prediction_type, y0)
+        data = ChainData(x, y0, prior_mean, self.residual_variance_, weight, self._bounds)
         self.trees_ = fit_steps(
             self.schedule_, data, config, n_jobs=self.n_jobs, store=checkpoint, verbose=self.verbose
         )
         self._n_outputs = y0.shape[1]
-        self._make_sampler()
+        self._finish_fit()
         return prior_mean
+
+    def _finish_fit(self) -> None:
+        """Keep how the trees were fitted: what `set_params` changes later is for the next fit."""
+        self._prediction_type, self._leaf_variance = self.prediction_type, self.reverse_variance == "leaf"
+        self._make_sampler()
 
     def _make_sampler(self) -> None:
         self._sampler = ChainSampler(
             self.schedule_,
             self.trees_,
             n_outputs=self._n_outputs,
-            prediction_type=self.prediction_type,
+            prediction_type=self._prediction_type,
             residual_variance=self.residual_variance_,
-            leaf_variance=self.reverse_variance == "leaf",
+            leaf_variance=self._leaf_variance,
+            bounds=self._bounds,
         )
 
     # -- sample -------------------------------------------------------------------------------------------------

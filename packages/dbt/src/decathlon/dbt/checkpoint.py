@@ -30,6 +30,8 @@ class FitCheckpoint:
         folder: Where to keep it.
     """
 
+    IDENTITY = "fit.json"  # the first file there
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +42,7 @@ class FitCheckpoint:
         Raises:
             ValueError: If the folder belongs to a fit of other data or parameters.
         """
-        path = self._folder / "fit.json"
+        path = self._folder / self.IDENTITY
         if not path.exists():
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps({"identity": identity, "seeds": seeds}), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import time
@@ -15,14 +16,16 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from lightgbm.basic import LightGBMError
 from numpy.typing import NDArray
 from tabulate import tabulate
 
 from decathlon.dbt import data, experiment, metrics
-from decathlon.dbt.checkpoint import fit_resumable
+from decathlon.dbt.checkpoint import FitCheckpoint, fit_resumable
 from decathlon.dbt.deferral import DeferralPolicy
 from decathlon.dbt.estimator import DBTClassifier, DBTRegressor
 from decathlon.dbt.protocol import Recipe, restrict
+from decathlon.dbt.serialize import _is_model
 from decathlon.shared.config import load_config, run_cli
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
@@ -199,6 +202,8 @@ def fit(config: FitConfig) -> None:
     partial = output.with_name(f"{output.name}.partial")
     if partial.exists() and not config.resume:
         raise UserError(f"{partial} holds an unfinished fit: give --resume to go on with it, or remove it")
+    if partial.exists() and any(partial.iterdir()) and not (partial / FitCheckpoint.IDENTITY).is_file():
+        raise UserError(f"{partial} holds something other than an unfinished fit: move it, or choose another output")
     frame = data.read_table(config.data, text=config.categorical)
     data.require_columns(frame, config.categorical, config.data)
     ignore = config.ignore if config.weight is None else [*config.ignore, config.weight]
@@ -219,7 +224,7 @@ def fit(config: FitConfig) -> None:
             y = _numbers(y, "the target (see --task)", config.data)
         try:
             fit_resumable(model, x, y, partial, weight)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, LightGBMError):
             if not config.resume:  # what was refused is no progress to keep
                 shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -311,8 +316,9 @@ def _class_table(
     with _user_errors():
         drawn = model.sample_proba(x, config.n_samples, random_state=config.seed)
         decision = _policy(config).decide(drawn)
-        label, proba = model.predict(x), model.predict_proba(x)
+        proba = model.predict_proba(x)
     classes = np.array([str(name) for name in model.classes_])
+    label = model.classes_[proba.argmax(axis=1)]
     table = pd.DataFrame({"prediction": label, "defer": decision.defer, "score": decision.score})
     for index, name in enumerate(classes):
         table[f"proba_{name}"] = proba[:, index]
@@ -364,17 +370,20 @@ def _user_errors() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, LightGBMError) as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
 def _file_target(path: str, source: str) -> Path:
-    """`path`, if a file may be written there: no folder, and not the table that is read."""
+    """`path`, if a file can be written there, known before the work: no folder, and not the table that is read."""
     output = Path(path)
     if output.is_dir():
         raise UserError(f"output {output} is a folder; name a file")
     if output.exists() and output.samefile(source):
         raise UserError(f"output {output} is the table itself; name another file")
+    folder = next(parent for parent in output.resolve().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"output {output}: nothing can be written in {folder}")
     return output
 
 
@@ -386,10 +395,11 @@ def _numbers(values: NDArray, name: str, source: str) -> NDArray:
 
 
 def _model_target(path: str) -> Path:
-    """`path`, if a model may be written there: it is new, empty, or holds a model of ours."""
+    """`path`, if a model may be written there: it is new, empty, or holds a model of ours and nothing else."""
     output = Path(path)
-    if output.exists() and not (output.is_dir() and ((output / COLUMNS).is_file() or not any(output.iterdir()))):
-        raise UserError(f"output {output} exists and is no model folder; name another one")
+    ours = output.is_dir() and (not any(output.iterdir()) or _is_model(output, frozenset({COLUMNS})))
+    if output.exists() and not ours:
+        raise UserError(f"output {output} exists and is no model folder, or holds more than that; name another one")
     return output
 
 

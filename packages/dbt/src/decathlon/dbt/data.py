@@ -134,10 +134,12 @@ def split_target(
         The other columns, and the response (n,), or (n, d) for d > 1.
 
     Raises:
-        UserError: If a column is missing, the response has missing values, or no covariate is left.
+        UserError: If a column is missing or named twice, the response has missing values, or no covariate is left.
     """
     if not target:
         raise UserError("name at least one target column")
+    if len(set(target)) < len(target):
+        raise UserError(f"name every target column once, got {', '.join(map(repr, target))}")
     labels = require_columns(frame, target, source)
     require_columns(frame, ignore, source)
     for name in target:
@@ -315,9 +317,7 @@ def _read_clone(folder: Path) -> tuple[Array, Array, NDArray[np.bool_]]:
 # --------------------------------------------------------------------------------------------------------- OpenML
 
 
-def fetch_openml_table(
-    openml_id: int, target: str | None = None, *, cache: str | Path | None = None
-) -> tuple[pd.DataFrame, NDArray]:
+def fetch_openml_table(openml_id: int, target: str | None = None) -> tuple[pd.DataFrame, NDArray]:
     """A table of openml.org by its numeric id, fetched once and cached by scikit-learn.
 
     scikit-learn verifies the checksum that OpenML states for the file.
@@ -325,7 +325,6 @@ def fetch_openml_table(
     Args:
         openml_id: Data id, as in `openml.org/d/<id>`.
         target: Response column; None takes the one that OpenML marks.
-        cache: Folder of the cache; None is scikit-learn's.
 
     Returns:
         Covariates, strings as categories, and the response (n,).
@@ -339,7 +338,7 @@ def fetch_openml_table(
         with warnings.catch_warnings():
             # each retry warns; the error below says it once
             warnings.filterwarnings("ignore", message="A network error occurred")
-            bunch = fetch_openml(data_id=openml_id, as_frame=True, data_home=cache, target_column=None)
+            bunch = fetch_openml(data_id=openml_id, as_frame=True, target_column=None)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(

@@ -39,7 +39,7 @@ from decathlon.dbt.mean import (
     sum_of_curves,
     xgboost_mean_params,
 )
-from decathlon.dbt.trainer import auto_n_noise, draw_noise
+from decathlon.dbt.trainer import auto_n_noise, draw_noise, y0_bounds
 from decathlon.dbt.trees import FlatTree
 from decathlon.shared.progress import progress
 
@@ -99,8 +99,6 @@ def _check_estimator(estimator: Any) -> None:
     mean = estimator.mean_estimator
     if not (mean is None or (isinstance(mean, str) and mean == "zero")):
         raise TypeError(f"mean_estimator must be None or 'zero' for fit_dask, got {mean!r}: no other is fitted by dask")
-    if estimator.mean_cv is not None and estimator.mean_cv < 2:
-        raise ValueError(f"mean_cv must be None or at least 2, got {estimator.mean_cv}")
 
 
 def _fit(estimator: DBTRegressor, client: Any, X: Any, y: Any, sample_weight: Any) -> None:
@@ -146,11 +144,13 @@ def _fit(estimator: DBTRegressor, client: Any, X: Any, y: Any, sample_weight: An
     estimator.residual_variance_ = np.maximum(_compute(client, [_mean((y0 - f) ** 2, w)])[0], TINY)
 
     # the trees
+    ends = np.stack(_compute(client, [y0.min(0), y0.max(0)]))
+    estimator._bounds = y0_bounds(estimator.prediction_type, ends)
     estimator.n_noise_ = auto_n_noise(n) if estimator.n_noise == "auto" else int(estimator.n_noise)
     estimator.schedule_ = estimator._make_schedule()
     rows = client.persist(da.concatenate([x, f, y0, w[:, None]], axis=1).rechunk({1: -1}))
     estimator.trees_ = _fit_steps(estimator, client, rows, ["float"] * d + types + ["float"] * d, seed)
-    estimator._make_sampler()
+    estimator._finish_fit()
 
 
 # -- partitions -----------------------------------------------------------------------------------------------------
@@ -344,7 +344,8 @@ def _draw(number: int, rows: Array, t: int, above: list[FlatTree] | None, model:
         leaves = [tree.leaf(start, features) for tree in above]
         said = np.column_stack([tree.leaf_value[leaf] for tree, leaf in zip(above, leaves, strict=True)])
         extra = np.column_stack([tree.leaf_variance[leaf] for tree, leaf in zip(above, leaves, strict=True)])
-        y = schedule.reverse_step(said, start, f, t + 1, rng.standard_normal(noise.shape), kind, s2, extra)
+        z = rng.standard_normal(noise.shape)
+        y = schedule.reverse_step(said, start, f, t + 1, z, kind, s2, extra, model._bounds)
     return np.hstack([y, features, schedule.target(y0, y, f, t, kind, s2), w]).astype(np.float32)
 
 
@@ -355,8 +356,9 @@ def _leaf_sums(number: int, step: NDArray, t: int, trees: Sequence[FlatTree], mo
     f, sums = features[:, -d:], []
     for j, tree in enumerate(trees):
         leaf = tree.leaf(y, features)
+        bounds = None if model._bounds is None else model._bounds[:, j]
         y0, y0_hat = (
-            model.schedule_.reconstruct(value, y[:, j], f[:, j], t, kind, s2[j])
+            model.schedule_.reconstruct(value, y[:, j], f[:, j], t, kind, s2[j], bounds)
             for value in (target[:, j], tree.leaf_value[leaf])
         )
         error = w[:, 0] * (y0 - y0_hat) ** 2

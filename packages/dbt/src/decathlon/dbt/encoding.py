@@ -53,7 +53,11 @@ class ColumnEncoder:
             if isinstance(column.dtype, pd.CategoricalDtype):
                 columns[position] = column.cat.categories.tolist()
             else:
-                columns[position] = sorted(column.dropna().unique().tolist())
+                try:
+                    columns[position] = sorted(column.dropna().unique().tolist())
+                except TypeError as error:
+                    name = position if frame is None else repr(frame.columns[position])
+                    raise ValueError(f"categories of column {name} have no order: make them of one type") from error
         return columns
 
     @staticmethod
@@ -83,7 +87,8 @@ class ColumnEncoder:
             if isinstance(column.dtype, pd.CategoricalDtype):
                 numeric = pd.api.types.is_numeric_dtype(column.cat.categories.dtype)
                 column = column.astype(np.float64 if numeric else object)
-            if not (pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_bool_dtype(column.dtype)):
+            number = pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_complex_dtype(column.dtype)
+            if not (number or pd.api.types.is_bool_dtype(column.dtype)):
                 raise ValueError(
                     f"column {x.columns[position]!r} has dtype {column.dtype}, which is no number: cast to category "
                     "(X[name].astype('category')) or encode it"

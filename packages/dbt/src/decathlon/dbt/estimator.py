@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 from sklearn.base import ClassifierMixin, RegressorMixin
+from sklearn.utils import assert_all_finite
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted
 
@@ -29,13 +30,14 @@ class DBTRegressor(RegressorMixin, DBTBase):
     Learns p(y | x) with no parametric family: a denoising diffusion of y whose denoiser is one decision tree for
     each step and output (arXiv 2406.01813). The defaults go beyond the paper in five places, each one parameter:
     `prediction_type="residual"`, `reverse_variance="leaf"`, `mean_cv=5`, `stratified_noise` and `antithetic`;
-    `DBTRegressor.from_preset("paper")` is without the first three.
+    `DBTRegressor.from_preset("paper")` is without them.
 
     Args:
         n_steps: Diffusion steps T (paper: 1000). Ignored if `schedule` is a DiffusionSchedule.
         schedule: "linear" (rescaled to T steps), "cosine", "karras", or a `DiffusionSchedule`.
-        prediction_type: What a tree predicts: "y0", "epsilon" (wants 50 steps or more: with few it is far off), or
-            "residual" (beyond the paper).
+        prediction_type: What a tree predicts: "y0", "epsilon" (each step then aims within the range of the training
+            response, beyond the paper: a tree's flat ends would let the chain run away; the least accurate of the
+            three), or "residual" (beyond the paper).
         trajectory: How training draws y_t: "forward" (independent steps) or "sequential" (each tree is trained on
             what the tree before it makes).
         reverse_variance: "posterior" (the paper's) or "leaf" (adds the variance within the leaf; beyond it).
@@ -90,6 +92,7 @@ class DBTRegressor(RegressorMixin, DBTBase):
         self._check_parameters()
         x, y = self._encode(X, reset=True, y=y, multi_output=True, y_numeric=True)
         y = np.asarray(y, np.float64, order="C")  # numpy adds up other layouts in another order
+        assert_all_finite(y, input_name="y")  # None among objects is NaN only now
         self._flat = y.ndim == 1
         y = y.reshape(len(y), -1)
         x, y, weight = drop_unweighted(x, y, sample_weight)

@@ -87,8 +87,9 @@ def run(recipe: Recipe, output: str | Path, *, resume: bool = False, jobs: int =
     open_cells.sort(key=lambda cell: cell.method not in ("treeffuser", "ngboost"))
     if len(open_cells) < len(cells):
         print(f"{len(cells) - len(open_cells)} of {len(cells)} cells are there from an earlier run", flush=True)
-    for cell in progress(_finish(recipe, folder, open_cells, jobs), total=len(open_cells), desc="cells", unit="cell"):
-        directory.log(step=len(cells) - len(open_cells), cell=cell.name)
+    finished = progress(_finish(recipe, folder, open_cells, jobs), total=len(open_cells), desc="cells", unit="cell")
+    for step, cell in enumerate(finished, len(cells) - len(open_cells) + 1):
+        directory.log(step=step, cell=cell.name)
     results = {cell: json.loads((folder / f"{cell.name}.json").read_text()) for cell in cells}
     records = make_records(recipe, results)
     claims = judge(recipe, results)

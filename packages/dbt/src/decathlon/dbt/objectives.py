@@ -303,12 +303,17 @@ class DiffusionSchedule:
         t: Step,
         prediction_type: str,
         residual_variance: ArrayLike | None = None,
+        bounds: ArrayLike | None = None,
     ) -> Array:
         """The y_0 that a prediction F stands for.
 
             y0          F
             epsilon     f + ((y_t - f) - sqrt(1 - alpha_bar) F) / sqrt(alpha_bar)
             residual    f + c_skip (y_t - f) + c_out F, see `residual_coefficients`
+
+        `bounds`, (2,) or (2, d), are the least and the largest y_0 to be believed (beyond the paper). With "epsilon" a
+        step without them multiplies what the prediction leaves over by 1 / sqrt(alpha): the chain runs away from any
+        prediction that does not grow with y_t, such as a tree's.
 
         Returns:
             The estimate of y_0, of the shape of `yt` and t.
@@ -323,7 +328,11 @@ class DiffusionSchedule:
         coefficients = self._reconstruction(t, prediction_type, residual_variance)
         said, state, f, dtype = _operands(prediction, yt, prior_mean)
         out, skip, prior = (_cast(c, dtype) for c in coefficients)
-        return out * said + skip * (state - f) + prior * f
+        y0 = out * said + skip * (state - f) + prior * f
+        if bounds is None:
+            return y0
+        low, high = np.asarray(bounds, dtype)
+        return np.clip(y0, low, high)
 
     def linear_step(self, t: Step, prediction_type: str, residual_variance: ArrayLike | None = None) -> LinearStep:
         """The step t -> t-1 as an affine function: `reconstruct` put into `posterior`.
@@ -352,12 +361,13 @@ class DiffusionSchedule:
         prediction_type: str,
         residual_variance: ArrayLike | None = None,
         extra_variance: ArrayLike = 0.0,
+        bounds: ArrayLike | None = None,
     ) -> Array:
         """y_{t-1} = posterior mean at the reconstructed y_0 + sqrt(posterior_variance + gamma0^2 w) noise.
 
         With the extra variance w >= 0, an estimate of Var(y_0 | y_t, x) in squared units of y that must fit
         the shape of the result, the step has the exact second moment of p(y_{t-1} | y_t) (beyond the paper,
-        where w = 0).
+        where w = 0). For `bounds` see `reconstruct`.
 
         Returns:
             y_{t-1}, of the shape of `yt` and t.
@@ -377,7 +387,10 @@ class DiffusionSchedule:
         if np.any(np.less(extra, 0.0)):
             raise ValueError(f"extra_variance must not be negative, got {np.min(extra)}")
         spread = _cast(step.spread(extra), dtype)
-        return of_prediction * said + of_state * state + of_prior * f + spread * eps
+        if bounds is None:
+            return of_prediction * said + of_state * state + of_prior * f + spread * eps
+        y0 = self.reconstruct(said, state, f, t, prediction_type, residual_variance, bounds)
+        return self.posterior(y0, state, f, t)[0] + spread * eps
 
     def _reconstruction(
         self, t: Step, prediction_type: str, residual_variance: ArrayLike | None
@@ -419,6 +432,7 @@ def reverse_chain(
     prediction_type: str = "residual",
     residual_variance: ArrayLike | None = None,
     return_path: bool = False,
+    bounds: ArrayLike | None = None,
 ) -> Array:
     """Run the chain from y_T = prior_mean + noise[T] down to y_0, one `reverse_step` for each t = T..1.
 
@@ -430,6 +444,7 @@ def reverse_chain(
         prediction_type: "y0", "epsilon" or "residual".
         residual_variance: s2 > 0, a number or (d,); needed by "residual" alone.
         return_path: return every state instead of the last.
+        bounds: see `DiffusionSchedule.reconstruct`.
 
     Returns:
         y_0 of that shape; with `return_path` the path (T + 1, *shape), where path[t] is y_t and path[0] is
@@ -442,16 +457,16 @@ def reverse_chain(
     _check_shapes({"noise[0]": noise[0]}, prior_mean=prior_mean, residual_variance=residual_variance)
     start, f, _ = _operands(noise[n_steps], prior_mean)
     y = f + start
-    path = np.empty(noise.shape, dtype=np.asarray(y).dtype) if return_path else None
-    if path is not None:
-        path[n_steps] = y
+    path = [y]
     for t in range(n_steps, 0, -1):
         answer = denoiser(t, y)
         prediction, extra_variance = answer if isinstance(answer, tuple) else (answer, 0.0)
-        y = schedule.reverse_step(prediction, y, f, t, noise[t - 1], prediction_type, residual_variance, extra_variance)
-        if path is not None:
-            path[t - 1] = y
-    return y if path is None else path
+        y = schedule.reverse_step(
+            prediction, y, f, t, noise[t - 1], prediction_type, residual_variance, extra_variance, bounds
+        )
+        if return_path:
+            path.append(y)
+    return np.stack(path[::-1]) if return_path else y
 
 
 def class_probabilities(y0_samples: ArrayLike, temperature: float = 1.0) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from decathlon.dbt.encoding import ColumnEncoder
 from decathlon.dbt.mean import fit_mean, mean_prediction
 
 Array = NDArray[np.float64]
@@ -25,6 +26,8 @@ QUANTILE_LEVELS = (
     0.99,
 )
 """Levels of the quantile regression: .05 to .95 in steps of .05, and two more in each tail."""
+
+_FOLDS = 5  # of the cross-fit, as DBT's own
 
 
 class Peer(Protocol):
@@ -52,9 +55,8 @@ class GaussianResidual:
     What is left of DBT when its chain is taken away: the variance is that of the out-of-fold residuals.
     """
 
-    def __init__(self, seed: int = 0, n_folds: int = 5) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self.n_folds = n_folds
 
     def fit(self, x: Array, y: Array) -> Self:
         """Fit to covariates (n, p) and a response (n,)."""
@@ -64,7 +66,7 @@ class GaussianResidual:
             np.asarray(x, np.float64),
             z,
             estimator=None,
-            n_folds=self.n_folds,
+            n_folds=_FOLDS,
             backend="lightgbm",
             categorical=(),
             weight=None,
@@ -86,20 +88,20 @@ class GaussianResidual:
 class MeanClassifier:
     """The cross-fitted class probabilities of DBT without its chain, for classification."""
 
-    def __init__(self, seed: int = 0, n_folds: int = 5) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self.n_folds = n_folds
 
-    def fit(self, x: Array, y: NDArray) -> Self:
-        """Fit to numeric covariates (n, p) and labels (n,)."""
+    def fit(self, x: Any, y: NDArray) -> Self:
+        """Fit to covariates (n, p), an array or a data frame with categories, and labels (n,)."""
         self.classes_, codes = np.unique(y, return_inverse=True)
+        self._categories = ColumnEncoder.choose_categorical(x, "auto")
         self._models, _ = fit_mean(
-            np.asarray(x, np.float64),
+            self._encode(x),
             codes,
             estimator=None,
-            n_folds=self.n_folds,
+            n_folds=_FOLDS,
             backend="lightgbm",
-            categorical=(),
+            categorical=tuple(self._categories),
             weight=None,
             n_classes=len(self.classes_),
             seed=self.seed,
@@ -107,10 +109,13 @@ class MeanClassifier:
         )
         return self
 
-    def predict_proba(self, x: Array) -> Array:
+    def predict_proba(self, x: Any) -> Array:
         """Probabilities (n, C) in the order of `classes_`."""
-        proba = mean_prediction(self._models, np.asarray(x, np.float64))
+        proba = mean_prediction(self._models, self._encode(x))
         return np.column_stack([1 - proba, proba]) if len(self.classes_) == 2 else proba
+
+    def _encode(self, x: Any) -> Array:
+        return np.asarray(ColumnEncoder.encode(x, self._categories), np.float64)
 
 
 class QuantileLightGBM:

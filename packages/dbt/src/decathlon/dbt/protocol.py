@@ -124,11 +124,12 @@ class Recipe:
     """Two diffusion steps on made-up rows of the same shape: tries the plumbing, the figures mean nothing."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers below 1."""
-        for name in ("n_samples", "treeffuser_rows", "max_train_rows", "max_test_rows"):
+        """Refuse numbers that are too small."""
+        # figures and the t-test need two draws
+        for name, least in (("n_samples", 2), ("treeffuser_rows", 1), ("max_train_rows", 2), ("max_test_rows", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+            if value is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -170,8 +171,7 @@ def plan(recipe: Recipe) -> tuple[list[Cell], list[str]]:
         for method in part.methods:
             if method not in LABELS:
                 raise UserError(f"unknown method {method!r} in the recipe; known are {', '.join(LABELS)}")
-        if part.seeds < 1:
-            raise UserError(f"seeds must be at least 1, got {part.seeds}")
+        _check_numbers(part)
         present = _present(recipe, part, notes)
         methods = []
         for method in part.methods:
@@ -184,10 +184,24 @@ def plan(recipe: Recipe) -> tuple[list[Cell], list[str]]:
         for name in present:
             last = part.first_seed + seeds
             numbers = range(part.first_seed, min(last, 5) if name == "protein" else last)
+            if not numbers:
+                raise UserError(f"{name} has 5 splits, so there is no split {part.first_seed} (first_seed)")
             for missing in part.missing:
                 for method in methods:
                     cells |= dict.fromkeys(Cell(name, missing, method, seed) for seed in numbers)
+    if not cells:
+        raise UserError("; ".join(["the recipe has nothing to run", *notes]))
     return list(cells), list(notes)
+
+
+def _check_numbers(part: Part) -> None:
+    if part.seeds < 1:
+        raise UserError(f"seeds must be at least 1, got {part.seeds}")
+    if part.first_seed < 0:
+        raise UserError(f"first_seed must be at least 0, got {part.first_seed}")
+    for share in part.missing:
+        if not 0 <= share < 1:
+            raise UserError(f"missing must hold shares of at least 0 and under 1, got {share:g}")
 
 
 def _present(recipe: Recipe, part: Part, notes: dict[str, None]) -> list[str]:

@@ -45,6 +45,7 @@ class ChainSampler:
         prediction_type: What the trees predict, see `DiffusionSchedule.reconstruct`.
         residual_variance: (d,).
         leaf_variance: Whether the variance of a leaf widens the reverse step.
+        bounds: (2, d), the least and the largest y_0 that a step may aim at; None for none.
     """
 
     def __init__(
@@ -56,9 +57,12 @@ class ChainSampler:
         prediction_type: str,
         residual_variance: Array,
         leaf_variance: bool,
+        bounds: Array | None = None,
     ) -> None:
         self._forest = Forest(trees)
-        self._d, self._n_steps = n_outputs, schedule.n_steps
+        self._schedule, self._d, self._n_steps = schedule, n_outputs, schedule.n_steps
+        self._kind, self._s2 = prediction_type, residual_variance
+        self._leaf_variance, self._bounds = leaf_variance, bounds
         # a step is affine in y_t, f and the leaf: y_{t-1} = of_y y_t + of_mean f + shift[leaf] + std[leaf] z
         self._affine: list[tuple[np.float32, np.float32, NDArray[np.float32], NDArray[np.float32] | None]] = []
         for i, tree in enumerate(trees):
@@ -130,13 +134,29 @@ class ChainSampler:
             following = np.empty_like(y)
             for j in range(self._d):
                 tree = (t - 1) * self._d + j
-                of_y, of_mean, shift, std = self._affine[tree]
                 leaves, position = self._forest.locate(tree, row_masks[tree], y)
-                offset = shift[leaves] + (of_mean * mean[:, j])[:, None]
-                state = offset.ravel()[position]
-                state += of_y * y[..., j]
-                if std is not None:
-                    state += std[leaves].ravel()[position] * z[..., j]
-                following[..., j] = state
+                step = self._affine_step if self._bounds is None else self._bounded_step
+                following[..., j] = step(tree, leaves, position, y[..., j], mean[:, j, None], z[..., j])
             y = following
         out[0 if return_path else ...] = y
+
+    def _affine_step(
+        self, tree: int, leaves: NDArray, position: NDArray, y: NDArray, mean: NDArray, z: NDArray
+    ) -> NDArray:
+        of_y, of_mean, shift, std = self._affine[tree]
+        state = (shift[leaves] + of_mean * mean).ravel()[position]
+        state += of_y * y
+        if std is not None:
+            state += std[leaves].ravel()[position] * z
+        return state
+
+    def _bounded_step(
+        self, tree: int, leaves: NDArray, position: NDArray, y: NDArray, mean: NDArray, z: NDArray
+    ) -> NDArray:
+        flat, j = self._forest.trees[tree], tree % self._d
+        leaf = leaves.ravel()[position]
+        extra = flat.leaf_variance[leaf].astype(np.float32) if self._leaf_variance else 0.0
+        said = flat.leaf_value[leaf].astype(np.float32)
+        assert self._bounds is not None
+        bounds, t = self._bounds[:, j], tree // self._d + 1
+        return self._schedule.reverse_step(said, y, mean, t, z, self._kind, self._s2[j], extra, bounds)

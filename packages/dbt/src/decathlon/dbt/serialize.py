@@ -32,8 +32,11 @@ FORMAT = 1
 Model = TypeVar("Model", bound="DBTBase")
 
 _SCALARS = (str, int, float, bool, type(None))
-_FITTED_ARRAYS = ("residual_variance_", "_center", "_scale", "classes_", "feature_names_in_")
-_FITTED_SCALARS = ("n_features_in_", "n_noise_", "sample_seed_", "temperature_", "_flat", "_n_outputs")
+_FITTED_ARRAYS = ("residual_variance_", "_center", "_scale", "_bounds", "classes_", "feature_names_in_")
+_FITTED_SCALARS = (
+    *("n_features_in_", "n_noise_", "sample_seed_", "temperature_", "_flat", "_n_outputs"),
+    *("_prediction_type", "_leaf_variance"),
+)
 _TREE_FIELDS = [f.name for f in fields(FlatTree) if f.name not in ("n_outputs", "single_precision")]
 
 
@@ -90,6 +93,7 @@ def write_mean_models(folder: Path, models: list[MeanModel]) -> dict[str, Any]:
         "categorical": list(first.categorical),
         "low": first.low.tolist(),
         "high": first.high.tolist(),
+        "units": None if first.units is None else [values.tolist() for values in first.units],
         "files": files,
     }
 
@@ -109,6 +113,7 @@ def read_mean_models(folder: Path, description: dict[str, Any]) -> list[MeanMode
         booster.load_model(str(path))
         return booster
 
+    units = description["units"]
     return [
         BoosterMean(
             tuple(read(name) for name in names),
@@ -117,6 +122,7 @@ def read_mean_models(folder: Path, description: dict[str, Any]) -> list[MeanMode
             tuple(description["categorical"]),
             np.array(description["low"]),
             np.array(description["high"]),
+            None if units is None else (np.array(units[0]), np.array(units[1])),
         )
         for names in description["files"]
     ]
@@ -197,11 +203,11 @@ def load(cls: type[Model], path: Path) -> Model:
         raise ValueError(f"{path / 'config.json'} is damaged: {error!r}") from error
 
 
-def _is_model(folder: Path) -> bool:
-    """Whether all that `folder` holds is a model that `save` wrote, so that nothing else is lost with it."""
+def _is_model(folder: Path, also: frozenset[str] = frozenset()) -> bool:
+    """Whether all that `folder` holds is a model that `save` wrote, and files named in `also`: nothing else is lost."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        known = {"config.json", *config["sha256"]}
+        known = {"config.json", *config["sha256"], *also}
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return all(file.name in known for file in folder.iterdir())

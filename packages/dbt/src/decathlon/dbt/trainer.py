@@ -64,6 +64,7 @@ class ChainData:
         prior_mean: (n, d) float64, f.
         residual_variance: (d,) float64, mean of (y0 - f)^2.
         weight: (n,) float64 or None.
+        bounds: (2, d) float64, see `y0_bounds`; or None.
     """
 
     x: Array
@@ -71,6 +72,12 @@ class ChainData:
     prior_mean: Array
     residual_variance: Array
     weight: Array | None
+    bounds: Array | None = None
+
+
+def y0_bounds(prediction_type: str, y0: Array) -> Array | None:
+    """Least and largest y_0 of the training rows, (2, d), where the chain needs them: see `reconstruct`."""
+    return np.stack([y0.min(axis=0), y0.max(axis=0)]) if prediction_type == "epsilon" else None
 
 
 def draw_noise(rng: np.random.Generator, n: int, n_noise: int, d: int, stratified: bool) -> Array:
@@ -103,7 +110,7 @@ class ChainTrainer:
         self._n = len(data.x)
         self._y0 = np.tile(data.y0, (k, 1))
         self._f = np.tile(data.prior_mean, (k, 1))
-        self._s2 = data.residual_variance
+        self._s2, self._bounds = data.residual_variance, data.bounds
         self._weight = None if data.weight is None else np.tile(data.weight, k)
         self._x = np.column_stack([data.x, data.prior_mean])
         options: dict[str, Any] = {
@@ -160,15 +167,16 @@ class ChainTrainer:
         prediction = np.column_stack([tree.leaf_value[i] for tree, i in zip(trees, leaf, strict=True)])
         extra = np.column_stack([tree.leaf_variance[i] for tree, i in zip(trees, leaf, strict=True)])
         return self._schedule.reverse_step(
-            prediction, y, self._f, t, noise, self._config.prediction_type, self._s2, extra
+            prediction, y, self._f, t, noise, self._config.prediction_type, self._s2, extra, self._bounds
         )
 
     def _with_leaf_variance(self, t: int, y: Array, trees: Sequence[FlatTree]) -> list[FlatTree]:
         """The trees with Var(y_0 | leaf): the mean squared error of y_0 over the training rows of each leaf."""
         result = []
         for j, (tree, leaf) in enumerate(zip(trees, self._leaves(y, trees), strict=True)):
+            bounds = None if self._bounds is None else self._bounds[:, j]
             y0_hat = self._schedule.reconstruct(
-                tree.leaf_value[leaf], y[:, j], self._f[:, j], t, self._config.prediction_type, self._s2[j]
+                tree.leaf_value[leaf], y[:, j], self._f[:, j], t, self._config.prediction_type, self._s2[j], bounds
             )
             error = (self._y0[:, j] - y0_hat) ** 2
             if self._weight is not None:

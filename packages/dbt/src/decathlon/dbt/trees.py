@@ -89,6 +89,9 @@ class FlatTree:
             raise ValueError(
                 f"y must be (n, {self.n_outputs}) and x (n, p) with the same n, got {y.shape} and {x.shape}"
             )
+        needed = int(self.feature.max(initial=-1)) - self.n_outputs + 1
+        if x.shape[1] < needed:
+            raise ValueError(f"x must have at least the {needed} columns that the tree tests, got {x.shape}")
         forest = Forest([self])
         return forest.leaves(0, forest.row_masks(x)[0], y[:, None, :])[:, 0]
 
