@@ -87,7 +87,7 @@ def _task(part: Part, results: Results, behaviour: Mapping[str, float], folder: 
         axes[2].set_ylim(-0.03, 1.05)
     caption = (
         f"{part.task}, {part.steps} steps. Left: mean return over the seeds with its 95 % interval, by few episodes "
-        "a point. Right: mean over the seeds after the last step, 95 % intervals over seeds x episodes; dots are seeds. "
+        "a point. Right: mean over the seeds after the last step, 95 % intervals over seeds x episodes; dots: seeds. "
         "Dashed: the behaviour in the data."
     )
     return _saved(figure, folder / part.task, caption)
