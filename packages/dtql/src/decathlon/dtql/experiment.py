@@ -134,7 +134,7 @@ def run(recipe: Recipe, output: str | Path, *, resume: bool = False, jobs: int =
         print(f"{len(cells) - len(open_cells)} of {len(cells)} cells are there from an earlier run", flush=True)
     # the bar counts expected seconds, so that its estimate of the time left holds for cells of unequal length
     work = {cell: max(round(expected_seconds(recipe, cell)), 1) for cell in open_cells}
-    with progress(total=sum(work.values()), desc=f"{len(open_cells)} cells", unit="s of work") as bar:
+    with progress(total=sum(work.values()), desc=f"{len(open_cells)} cells", unit="s of work", disable=not work) as bar:
         for cell in _finish(recipe, directory.path, open_cells, jobs):
             directory.log(cell=cell.name)
             bar.update(work[cell])

@@ -49,7 +49,7 @@ def _task(part: Part, results: Results, behaviour: Mapping[str, float], folder: 
     second = "score" if scored else "success"
     # the main method last, on top of the others
     methods = sorted(part.methods, key=lambda method: (method == "dtql", part.methods.index(method)))
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.8), width_ratios=(1.6, 1.0, 1.0), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.1), width_ratios=(1.6, 1.0, 1.0), layout="constrained")
     for method in methods:
         found = _of(results, part.task, method)
         steps = [point["step"] for point in found[0]["curve"]]
@@ -62,8 +62,8 @@ def _task(part: Part, results: Results, behaviour: Mapping[str, float], folder: 
         )
         axes[0].fill_between(steps, intervals[:, 1], intervals[:, 2], color=color, alpha=0.13, linewidth=0)
     axes[0].set(title=f"{part.task}: return while learning", xlabel="training steps")
-    axes[0].axhline(behaviour["return"], color="black", linewidth=1.0, linestyle="--", label="data")
-    axes[0].legend(loc="best", fontsize=9)
+    axes[0].axhline(behaviour["return"], color="black", linewidth=1.0, linestyle="--", label="behaviour in the data")
+    figure.legend(loc="outside lower center", ncols=len(methods) + 1, fontsize=9)
     order = [method for method in LABELS if method in part.methods]
     for axis, metric in zip(axes[1:], ("return", second), strict=True):
         for place, method in enumerate(order):
