@@ -183,6 +183,19 @@ def test_print_config_is_a_file_that_gives_the_same(file, capsys):
     assert load_config(TrainConfig, file(printed)) == TrainConfig("d.csv", seeds=[4, 5])
 
 
+def test_items_of_a_list_are_not_merged_with_the_defaults(file, capsys):
+    """The defaults are a part "a" of 3 seeds and a part "b" of 2: what is given stands alone."""
+    path = file("parts: [{data: [x]}, {data: [y]}, {data: [z]}]")
+    expected = TrainConfig("d.csv", parts=[Part(["x"]), Part(["y"]), Part(["z"])])
+    assert expected.parts[1].seeds != TrainConfig("d.csv").parts[1].seeds  # else nothing is tried
+    assert load_config(TrainConfig, path, data="d.csv") == expected
+    assert parsed("--data", "d.csv", "--config", path) == expected
+    assert parsed("--data", "d.csv", "--parts", '[{"data": ["x"]}, {"data": ["y"]}, {"data": ["z"]}]') == expected
+    with pytest.raises(SystemExit):
+        run("train", "--data", "d.csv", "--config", path, "--print_config")
+    assert load_config(TrainConfig, file(capsys.readouterr().out)) == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

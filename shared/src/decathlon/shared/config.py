@@ -51,7 +51,11 @@ def run_cli(prog: str, description: str, commands: Commands, argv: Sequence[str]
         if "resume" in get_type_hints(cls):
             hint = ": what was finished is kept; run the same command with --resume to go on"
         parser = _command_parser(cls, f"{prog} {name}", _summary(commands[name]))
-        commands[name](_instantiate(cls, parser, parser.parse_args(_spell_out(flags, cls))))
+        # defaults are the dataclass's own; the parser's would be merged into the items of a list that is given
+        spelled = _spell_out(flags, cls)
+        shows = any(flag.startswith("--print_config") for flag in spelled)
+        shows = shows and not any(flag.startswith("--config") for flag in spelled)
+        commands[name](_instantiate(cls, parser, parser.parse_args(spelled, defaults=shows)))
     except (UserError, OSError) as error:  # OSError: a path that cannot be read or written
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -68,7 +72,7 @@ def load_config(cls: type[Config], path: str | Path, **overrides: Any) -> Config
         UserError: For a missing file, an unknown key or a wrong type, with its name.
     """
     parser = _command_parser(cls)
-    return _instantiate(cls, parser, parser.parse_object({**_read_yaml(cls, path), **overrides}))
+    return _instantiate(cls, parser, parser.parse_object({**_read_yaml(cls, path), **overrides}, defaults=False))
 
 
 def _overview(prog: str, description: str, commands: Commands, argument: str) -> int:
@@ -149,4 +153,4 @@ def _command_parser(cls: type, prog: str | None = None, description: str | None 
 
 def _instantiate(cls: type[Config], parser: _Parser, parsed: Namespace) -> Config:
     values = parser.instantiate(parsed)
-    return cls(**{name: values[name] for name in get_type_hints(cls)})
+    return cls(**{name: values[name] for name in get_type_hints(cls) if name in values})
