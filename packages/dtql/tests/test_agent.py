@@ -516,6 +516,45 @@ def test_resume_bit_for_bit(dataset, tmp_path, done):
     assert resumed.log_history[-1] == log[-1]
 
 
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_an_evaluation_that_fails_costs_nothing(dataset, tmp_path, failing):
+    """What was learned is saved before; with `resume` the evaluation is made up for, and the log is the same."""
+    options = {"steps": 6, "batch_size": 8, "eval_every": 2, "log_every": 3}
+    expected = DTQL(S, A, small(), seed=3)
+    seen = []
+
+    def score(agent):
+        return float(agent.predict(np.zeros(S))[0].sum())
+
+    def fragile(agent):
+        seen.append(agent.num_updates)
+        if len(seen) == failing:
+            raise KeyboardInterrupt
+        return score(agent)
+
+    rows = expected.fit(dataset, eval_fn=score, **options)
+    options |= {"checkpoint_dir": tmp_path / "agent"}
+    with pytest.raises(KeyboardInterrupt):
+        DTQL(S, A, small(), seed=3).fit(dataset, eval_fn=fragile, **options)
+    agent = DTQL.load(tmp_path / "agent")
+    assert agent.num_updates == 2 * failing
+    agent.fit(dataset, eval_fn=score, resume=True, **options)
+    assert agent.log_history == expected.log_history == rows
+    assert_same_state(agent, expected)
+    assert agent.fit(dataset, eval_fn=score, resume=True, **options) == []  # there is nothing left
+
+
+@pytest.mark.parametrize("obs", [[np.nan] * S, "abc", [None] * S])
+def test_observations_that_are_no_numbers(dataset, obs):
+    with pytest.raises(ValueError, match="obs must hold finite numbers"):
+        DTQL(S, A, small(), seed=0).predict(obs)
+
+
+def test_fit_on_something_else():
+    with pytest.raises(TypeError, match="dataset must be an OfflineDataset"):
+        DTQL(S, A, small(), seed=0).fit({"observations": np.zeros((9, S))}, steps=1)
+
+
 def test_a_second_fit_trains_on(dataset, tmp_path):
     straight, parts = (DTQL(S, A, small(), seed=0) for _ in range(2))
     straight.fit(dataset, steps=6, pretrain_steps=2, batch_size=8)

@@ -234,3 +234,22 @@ def test_wrong_paths(trained, tmp_path):
         export_policy(trained, tmp_path / "policy.pt")
     with pytest.raises(FileNotFoundError, match=r"policy\.pt2"):
         load_policy(tmp_path / "policy.pt2")
+
+
+def test_files_and_observations_that_do_not_suit(tmp_path):
+    path = tmp_path / "policy.pt2"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"policy\.pt2 is no exported policy"):
+        load_policy(path)
+    agent = DTQL(3, 2, DTQLConfig(hidden_dim=8), seed=0)
+    path.unlink()
+    export_policy(agent, path)
+    with pytest.raises(ValueError, match=r"obs must be \(3,\) or \(B, 3\) as in training, got \(4,\)"):
+        load_policy(path)(np.zeros(4))
+
+
+def test_official_files_are_not_replaced(tmp_path):
+    (tmp_path / "critic.pth").write_text("mine")
+    with pytest.raises(ValueError, match=r"critic\.pth exists"):
+        write_official(DTQL(3, 2, DTQLConfig(hidden_dim=8), seed=0).official_state_dicts(), tmp_path)
+    assert (tmp_path / "critic.pth").read_text() == "mine"

@@ -47,6 +47,7 @@ class OfflineAgent(abc.ABC, Generic[Config]):
         networks: All networks by name, target networks included.
         num_updates: Training steps so far.
         num_pretrain_updates: Steps of pretraining so far.
+        num_evaluated: Training steps at the last evaluation by `fit`.
         log_history: All rows that `fit` has logged.
 
     Raises:
@@ -85,7 +86,7 @@ class OfflineAgent(abc.ABC, Generic[Config]):
             self.networks = nn.ModuleDict(self._make_networks()).to(self.device, dtype)
         self.generator = torch.Generator(self.device).manual_seed(train_seed)
         self.act_generator = torch.Generator(self.device).manual_seed(act_seed)
-        self.num_updates = self.num_pretrain_updates = 0
+        self.num_updates = self.num_pretrain_updates = self.num_evaluated = 0
         self.log_history: list[Row] = []
         self._reset_optimizers()
 
@@ -213,7 +214,8 @@ class OfflineAgent(abc.ABC, Generic[Config]):
             eval_every: Training steps between two evaluations; one more is at the end.
             callback: Called with the agent and each row of the log; if it returns False, the fit ends there.
             log_every: Steps between two rows of the log; losses are looked at there only.
-            checkpoint_dir: Where the agent is saved at the end, and after the step in which Ctrl-C comes.
+            checkpoint_dir: Where the agent is saved before every evaluation, at the end, and after the step in which
+                Ctrl-C comes. An evaluation that Ctrl-C cut off is made up for with `resume`.
             checkpoint_every: Steps between two saves in between.
             resume: Count `steps` and `pretrain_steps` from the beginning of the agent, so that one loaded from
                 `checkpoint_dir` does what is left: on a CPU to the same bits as without the break.
@@ -235,9 +237,18 @@ class OfflineAgent(abc.ABC, Generic[Config]):
         self._check_fit(dataset, steps)
         if checkpoint_dir is not None:
             check_folder(checkpoint_dir)
+        if not hasattr(dataset, "to_torch") and not hasattr(dataset, "sample"):
+            raise TypeError(f"dataset must be an OfflineDataset (see its from_arrays), got {type(dataset).__name__}")
         sampler: Sampler = dataset.to_torch(self.device, self.dtype) if hasattr(dataset, "to_torch") else dataset
         rows: list[Row] = []
         total = pretrain_steps + steps
+        left_out = self.num_evaluated < self.num_updates and (total == 0 or _due(self.num_updates, eval_every))
+        if resume and eval_fn is not None and left_out:
+            rows.append(self._evaluate(eval_fn))
+            if callback is not None:
+                callback(self, rows[-1])
+            if checkpoint_dir is not None:
+                self.save(checkpoint_dir)
         with Interruption(deferred=checkpoint_dir is not None) as interruption:
             for i in progress(range(total), desc=type(self).__name__, unit="step"):
                 training = i >= pretrain_steps
@@ -248,15 +259,21 @@ class OfflineAgent(abc.ABC, Generic[Config]):
 
                 phase, step = ("train", self.num_updates) if training else ("pretrain", self.num_pretrain_updates)
                 last = i == total - 1
+                evaluates = eval_fn is not None and training and (last or _due(step, eval_every))
                 row: Row = {}
                 if last or step % log_every == 0:
-                    row |= _read(losses | self._diagnose(batch), phase, step)
-                if eval_fn is not None and training and (last or _due(step, eval_every)):
-                    row |= _scores(eval_fn(self))
-                if row:
-                    row = {"phase": phase, "step": step, **row}
-                    rows.append(row)
+                    row = {"phase": phase, "step": step, **_read(losses | self._diagnose(batch), phase, step)}
                     self.log_history.append(row)
+                if evaluates and not interruption.asked:
+                    if (
+                        checkpoint_dir is not None
+                    ):  # an evaluation is long and may fail: what was learned is kept before
+                        _read(losses, phase, step)
+                        self.save(checkpoint_dir)
+                    with interruption.at_once():
+                        row = self._evaluate(eval_fn)
+                if row:
+                    rows.append(row)
                     if callback is not None and callback(self, row) is False:
                         last = True
                 if checkpoint_dir is not None and (last or _due(step, checkpoint_every) or interruption.asked):
@@ -265,6 +282,20 @@ class OfflineAgent(abc.ABC, Generic[Config]):
                 if last or interruption.asked:
                     break
         return rows
+
+    def _evaluate(self, eval_fn: Callable[[Self], Any] | None) -> Row:
+        """The row of the log for this step, with an evaluation."""
+        assert eval_fn is not None
+        row: Row = {"phase": "train", "step": self.num_updates}
+        if self.log_history and row.items() <= self.log_history[-1].items():
+            row = self.log_history[-1]
+            scores = _scores(eval_fn(self))
+        else:
+            scores = _scores(eval_fn(self))
+            self.log_history.append(row)
+        row |= scores
+        self.num_evaluated = self.num_updates
+        return row
 
     def _check_fit(self, dataset: Any, steps: int) -> None:
         """ValueError if the steps or the data do not suit the agent."""
@@ -304,7 +335,10 @@ class OfflineAgent(abc.ABC, Generic[Config]):
         Raises:
             ValueError: If the size of an observation is not that of training.
         """
-        given = torch.as_tensor(np.asarray(obs), dtype=self.dtype, device=self.device)
+        array = obs.detach().cpu().numpy() if isinstance(obs, Tensor) else np.asarray(obs)
+        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+            raise ValueError(f"obs must hold finite numbers, got {array.dtype} {array!r:.80}")
+        given = torch.as_tensor(array, dtype=self.dtype, device=self.device)
         if given.ndim not in (1, 2) or given.shape[-1] != self.obs_dim:
             raise ValueError(
                 f"obs must be ({self.obs_dim},) or (B, {self.obs_dim}) as in training, got {tuple(given.shape)}"
@@ -338,6 +372,7 @@ class OfflineAgent(abc.ABC, Generic[Config]):
             "device": self.device.type,
             "num_updates": self.num_updates,
             "num_pretrain_updates": self.num_pretrain_updates,
+            "num_evaluated": self.num_evaluated,
             "log_history": self.log_history,
         }
         write_checkpoint(folder, Checkpoint(description, self.networks.state_dict(), training))
@@ -376,7 +411,7 @@ class OfflineAgent(abc.ABC, Generic[Config]):
                 ):
                     generator.set_state(state)
             agent.num_updates, agent.num_pretrain_updates = training["num_updates"], training["num_pretrain_updates"]
-            agent.log_history = training["log_history"]
+            agent.num_evaluated, agent.log_history = training["num_evaluated"], training["log_history"]
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}") from error
         return agent

@@ -166,7 +166,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Run an agent in an environment: returns with standard errors, normalised scores, films."""
     output = None if config.output is None else _file_target(config.output)
     with _user_errors():
-        agent = _load(config.model, config.device)
+        agent = _load(config.model, training.find_device(config.device))
         for name in ("num_candidates", "selection"):
             if getattr(config, name) is not None:
                 if not hasattr(agent.config, name):
@@ -175,12 +175,6 @@ def evaluate(config: EvaluateConfig) -> None:
         agent.config.__post_init__()  # checks them
         options: dict[str, Any] = {"seed": config.seed, "deterministic": config.deterministic}
         result = run_episodes(agent, config.env, episodes=config.episodes, num_envs=config.num_envs, **options)
-        films = []
-        if config.record_video is not None:
-            try:
-                films = record_video(agent, config.env, config.record_video, **options)
-            except RuntimeError as error:  # no way to draw on this machine
-                raise UserError(str(error)) from error
     figures = {
         "return": result.mean,
         "standard error": result.stderr,
@@ -195,8 +189,14 @@ def evaluate(config: EvaluateConfig) -> None:
             path.write_text(json.dumps({**rows, **episodes}, indent=2) + "\n", encoding="utf-8")
     print(tabulate(rows.items(), [config.env, f"{config.episodes} episodes"], floatfmt=".4g"))
     print("\n".join(["", f"acting: {_acting(agent, config.deterministic)}", *filter(None, [result.note])]))
-    for film in films:
-        print(f"film: {film}")
+    if config.record_video is not None:  # last: where nothing can be drawn, the figures are there all the same
+        with _user_errors():
+            try:
+                films = record_video(agent, config.env, config.record_video, **options)
+            except RuntimeError as error:  # no way to draw on this machine
+                raise UserError(str(error)) from error
+        for film in films:
+            print(f"film: {film}")
 
 
 def export(config: ExportConfig) -> None:
@@ -292,6 +292,8 @@ def list_envs(config: ListEnvsConfig) -> None:
 
 def bandit(config: BanditConfig) -> None:
     """Learn policies for the paper's 2-D bandits, draw them, and say whether they stay in the data's support."""
+    folder = Path(config.output)
+    training.check_output(folder, "samples.npz")
     names = ("data", "steps", "eta", "entropy_weight", "n_starts", "init_log_std")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
     results: dict[str, BanditResult] = {}
@@ -301,7 +303,6 @@ def bandit(config: BanditConfig) -> None:
             with progress(desc=name, unit="step") as bar:
                 run = run_bandit(method=method, reward=reward, seed=seed, callback=bar.update, **options)
             results[name] = run
-    folder = Path(config.output)
     with atomic_path(folder / "samples.npz") as path, open(path, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **{name: result.samples for name, result in results.items()})
     rows = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,20 @@ def load_policy(path: str | Path) -> Policy:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ValueError: If it is no such policy, and of the function for observations of another size.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    module = torch.export.load(path).module()
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no exported policy, or is damaged")
+    program = torch.export.load(path)
+    module, size = program.module(), program.example_inputs[0][0].shape[-1]
     bound = next(module.buffers())
 
     def policy(obs: ArrayLike) -> NDArray[Any]:
         given = torch.as_tensor(np.asarray(obs), dtype=bound.dtype, device=bound.device)
+        if given.ndim not in (1, 2) or given.shape[-1] != size:
+            raise ValueError(f"obs must be ({size},) or (B, {size}) as in training, got {tuple(given.shape)}")
         with torch.inference_mode():
             actions = module(given.unsqueeze(0) if given.ndim == 1 else given).cpu().numpy()
         return actions[0] if given.ndim == 1 else actions

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 
@@ -34,6 +36,17 @@ class Interruption:
             signal.signal(signal.SIGINT, self._handler)
         if self.asked and exception is None:
             raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this inner block Ctrl-C is not deferred."""
+        if self._deferred:
+            signal.signal(signal.SIGINT, self._handler)
+        try:
+            yield
+        finally:
+            if self._deferred:
+                signal.signal(signal.SIGINT, self._remember)
 
     def _remember(self, *_: object) -> None:
         self.asked = True

@@ -58,6 +58,9 @@ def write_official(
         folder: Where to; made if it does not exist.
         id: Number in the names of the files; None for none.
 
+    Raises:
+        ValueError: If one of the files is there.
+
     Returns:
         The files. "critic_target" is written too, though the official code does not look for it.
     """
@@ -68,6 +71,8 @@ def write_official(
         )  # it saves one, loads the other
         for each in names:
             written.append(Path(folder) / (f"{each}.pth" if id is None else f"{each}_{id}.pth"))
+            if written[-1].exists():
+                raise ValueError(f"{written[-1]} exists: choose another folder, or remove it")
             with atomic_path(written[-1]) as temporary:
                 torch.save({key: value.cpu() for key, value in weights.items()}, temporary)
     return written

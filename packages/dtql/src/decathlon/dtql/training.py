@@ -137,12 +137,13 @@ def train(config: TrainConfig) -> Outcome | None:
         schedule(config, settings),
         evaluation_episodes(config) if config.env is not None else 0,
         made_up,
-        _device(config.device),
+        find_device(config.device),
         Path(config.output or f"runs/dtql/{config.agent}-{(config.env or 'data').replace('/', '-')}"),
     )
     dataset = _read(run)
     _check_simulator(run, dataset)
     seeds = _seeds(config)
+    check_output(run.output, "seed-*/config.yaml")
     directories = [RunDirectory(run.folder(seed), run.description(seed), resume=config.resume) for seed in seeds]
     jobs = config.jobs or min(len(seeds), os.cpu_count() or 1)
     tasks = [(run, dataset, directory, seed) for directory, seed in zip(directories, seeds, strict=True)]
@@ -221,7 +222,17 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def _device(name: str) -> str:
+def check_output(folder: Path, mark: str) -> None:
+    """UserError if `folder` is a file, or holds files but none that `mark` matches: those are not ours to replace."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder")
+    holds = folder.is_dir() and any(not child.name.startswith(".") for child in folder.iterdir())
+    if holds and not any(folder.glob(mark)):
+        raise UserError(f"{folder} is not empty and holds nothing of this command's: choose another output")
+
+
+def find_device(name: str) -> str:
+    """The device of that name, or the best for "auto"; UserError if it is not to be had."""
     if name == "auto":
         if not torch.cuda.is_available():
             return "cpu"
