@@ -27,7 +27,7 @@ HOLDOUT = 0.2  # share of the rows that stops a model early when there are no fo
 MAX_ROUNDS = 3000
 _LEAST_OF_CATEGORY = 5  # LightGBM's own 100 hides the categories of small data
 _LEAST_TO_BAG = 5  # of fewer rows, 80 % may be none
-PATIENCE = 50  # rounds without improvement
+PATIENCE = 50  # rounds without improvement at a learning rate of .1; fewer at a larger one
 _CHECK_EVERY = 5  # rounds of LightGBM between two looks at the loss
 # Leaves hold a linear function of the covariates on the way to them. How much its slopes are shrunk, in units of the
 # standard deviations of the columns, the data choose: hardly for smooth responses, more for noisy ones.
@@ -257,6 +257,11 @@ def _padded(curves: Sequence[Array]) -> Array:
     return np.stack([np.pad(curve, (0, longest - len(curve)), mode="edge") for curve in curves])
 
 
+def _learning_rate(n: int) -> float:
+    """LightGBM's learning rate for n training rows: where rounds are dear, fewer of them."""
+    return 0.1 if n < 2_000 else 0.15
+
+
 def _capacity(n: int) -> dict[str, int]:
     """Leaves and rows a leaf of the boosted trees for n training rows."""
     if n < 2_000:
@@ -282,7 +287,7 @@ def _fit_lightgbm(
     params: dict[str, Any] = {
         **_capacity(len(y)),
         "objective": "regression",
-        "learning_rate": 0.1,
+        "learning_rate": _learning_rate(len(y)),
         "bagging_fraction": 0.8,
         "bagging_freq": int(train.sum() >= _LEAST_TO_BAG),
         "min_data_per_group": _LEAST_OF_CATEGORY,
@@ -327,6 +332,7 @@ def _boost(params: dict[str, Any], data: lgb.Dataset, check: lgb.Dataset) -> tup
     How many rounds count is decided over all folds. `lgb.train` looks at the loss in every round, which takes a third
     of the time on small data; here it is read at every fifth and interpolated, so that its least value is at one read.
     """
+    patience = PATIENCE * 0.1 / params["learning_rate"]
     booster = lgb.Booster(params, data).add_valid(check, "check")
     rounds, losses = [], []
     for number in range(1, MAX_ROUNDS + 1):
@@ -334,7 +340,7 @@ def _boost(params: dict[str, Any], data: lgb.Dataset, check: lgb.Dataset) -> tup
         if number == 1 or number % _CHECK_EVERY == 0:
             rounds.append(number)
             losses.append(booster.eval_valid()[0][2])
-            if number - rounds[int(np.argmin(losses))] >= PATIENCE:
+            if number - rounds[int(np.argmin(losses))] >= patience:
                 break
     curve = np.interp(np.arange(1, rounds[-1] + 1), rounds, losses)
     return booster, curve
