@@ -11,6 +11,7 @@ def progress(
     iterable: Iterable[Any] | None = None,
     *,
     total: int | None = None,
+    initial: int = 0,
     desc: str = "",
     unit: str = "it",
     leave: bool = False,
@@ -21,7 +22,7 @@ def progress(
     shown: dict[str, Any] = {"leave": True, "ncols": 80, "mininterval": 10.0, "file": _Lines()}
     if sys.stderr.isatty():
         shown = {"leave": leave, "dynamic_ncols": True, "mininterval": 0.2}
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=disable, **shown)
+    return tqdm(iterable, total=total, initial=initial, desc=desc, unit=unit, disable=disable, **shown)
 
 
 class _Lines:

@@ -1,0 +1,215 @@
+"""How close the images of a network are to real ones: the Frechet distance between their features."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from decathlon.sid.features import extractor_name
+from decathlon.sid.metrics import feature_stats, frechet_distance
+from decathlon.sid.sampling import sample_one_step, seeded_latents, to_uint8
+
+Extractor: TypeAlias = Callable[[Tensor], Any]
+Sampler: TypeAlias = Callable[[Any, Tensor, Tensor | None], Tensor]
+Images: TypeAlias = Tensor | NDArray[Any] | Iterable[Tensor | NDArray[Any]]
+Statistics: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
+
+_TOLERANCE = 1.1
+
+
+@dataclass(frozen=True)
+class FrechetResult:
+    """A Frechet distance and what it was measured with; `float(result)` is the distance.
+
+    Attributes:
+        value: The distance; it is a FID only if the extractor is the Inception network of the paper.
+        num_images: Number of generated images.
+        num_real: Number of real images; None if their statistics were given.
+        extractor: Name of the feature extractor.
+        seeds: First and last seed of the generated images.
+    """
+
+    value: float
+    num_images: int
+    num_real: int | None
+    extractor: str
+    seeds: tuple[int, int]
+
+    def __float__(self) -> float:
+        return self.value
+
+
+class FrechetEvaluator:
+    """Measures networks against the same real images, by `evaluator(net)`.
+
+    Figures of different extractors, numbers of images or ways of resizing must not be compared: the paper's are of
+    50,000 images and of one Inception network, inception-2015-12-05; clean-fid, for one, resizes in another way.
+
+    Args:
+        feature_extractor: A module or function from uint8 images [N, C, H, W] to features [N, D].
+        real_images: Images [N, C, H, W], uint8 or floats in [-1, 1], in one or in an iterable of batches. Or their
+            statistics: the path of an npz file with `mu` and `sigma`, as EDM's reference files are, or a mapping.
+        num_images: How many images a network makes, by default.
+        batch_size: Images at a time.
+        sampler: `sampler(net, latents, class_labels)` -> images in [-1, 1]; one step by default. For a teacher:
+            `functools.partial(edm_sampler, num_steps=18)`.
+        label_probs: Probability of each class, of a conditional network; uniform by default.
+        device: Where the extractor runs; where it is by default.
+
+    Raises:
+        FileNotFoundError: If a file of statistics is missing.
+        ValueError: If it has no mu and sigma, images are not in [-1, 1], or there are fewer than two.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: Extractor,
+        real_images: Images | Statistics,
+        *,
+        num_images: int = 50_000,
+        batch_size: int = 256,
+        sampler: Sampler = sample_one_step,
+        label_probs: Sequence[float] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if device is not None and isinstance(feature_extractor, nn.Module):
+            feature_extractor = feature_extractor.to(device)
+        self.feature_extractor = feature_extractor
+        self.num_images, self.batch_size, self.sampler = num_images, batch_size, sampler
+        self.label_probs = None if label_probs is None else torch.tensor(label_probs, dtype=torch.float64)
+        self.num_real: int | None = None
+        if isinstance(real_images, str | os.PathLike | Mapping):
+            self._mean, self._covariance = _read_statistics(real_images)
+        else:
+            features = extract_features(feature_extractor, real_images, batch_size)
+            self.num_real = len(features)
+            self._mean, self._covariance = feature_stats(features)
+
+    def __call__(self, net: nn.Module, n: int | None = None, *, seeds: Sequence[int] | None = None) -> FrechetResult:
+        """Generate images and measure them.
+
+        Args:
+            net: Called as `EDMPrecond`; it is left in the mode it is in.
+            n: Number of images, of seeds 0 to n - 1; `num_images` by default.
+            seeds: The seeds instead, one for each image.
+
+        Raises:
+            ValueError: For fewer than 2 images, images or features that are not finite, or a number of features other
+                than that of the real ones.
+        """
+        seeds = range(self.num_images if n is None else n) if seeds is None else seeds
+        mean, covariance = feature_stats(self.features(net, seeds))
+        if mean.shape != self._mean.shape:
+            raise ValueError(
+                f"the real statistics are of {len(self._mean)} features, but {extractor_name(self.feature_extractor)} "
+                f"gives {len(mean)}: they belong to another extractor"
+            )
+        value = frechet_distance(mean, covariance, self._mean.to(mean.device), self._covariance.to(mean.device))
+        ends = int(seeds[0]), int(seeds[-1])
+        return FrechetResult(value, len(seeds), self.num_real, extractor_name(self.feature_extractor), ends)
+
+    def features(self, net: nn.Module, seeds: Sequence[int]) -> Tensor:
+        """Features of the images that a network makes from seeds, [N, D]."""
+        if len(seeds) < 2:
+            raise ValueError(f"at least 2 images are needed for a covariance, got {len(seeds)}")
+        return extract_features(self.feature_extractor, self._generated(net, seeds), self.batch_size)
+
+    @torch.no_grad()
+    def _generated(self, net: nn.Module, seeds: Sequence[int]) -> Iterator[Tensor]:
+        device = _device_of(net)
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        label_dim = int(net.label_dim)  # type: ignore[arg-type]
+        chooser = torch.Generator().manual_seed(int(seeds[0]) % 2**32)
+        for start in range(0, len(seeds), self.batch_size):
+            latents, classes = seeded_latents(seeds[start : start + self.batch_size], shape, label_dim)  # type: ignore[arg-type]
+            labels = None
+            if classes is not None:
+                if self.label_probs is not None:
+                    classes = torch.multinomial(self.label_probs, len(classes), replacement=True, generator=chooser)
+                labels = F.one_hot(classes, label_dim).to(device, torch.float32)
+            training = net.training
+            net.eval()
+            try:
+                yield self.sampler(net, latents.to(device), labels)
+            finally:
+                net.train(training)
+
+
+@torch.no_grad()
+def extract_features(extractor: Extractor, images: Images, batch_size: int = 256) -> Tensor:
+    """Features of images, which are brought to uint8 first, as they would be on disk.
+
+    Args:
+        extractor: From uint8 [N, C, H, W] to [N, D]; if it returns a tuple, the first is taken.
+        images: [N, C, H, W], uint8 or floats in [-1, 1], in one or in an iterable of batches.
+        batch_size: Images at a time, of those given in one.
+
+    Returns:
+        [N, D] on the device of the extractor.
+
+    Raises:
+        ValueError: If there are no images, or they have another shape or type, or NaN or infinity; also if floats that
+            are given in one are not in [-1, 1]. Those of batches are cut off, as generated ones go a little beyond.
+    """
+    if isinstance(images, Tensor | np.ndarray):
+        whole = torch.as_tensor(images)
+        if whole.is_floating_point() and whole.numel() and not float(whole.abs().max()) <= _TOLERANCE:
+            raise ValueError(f"images of floats: expected [-1, 1], got up to {float(whole.abs().max()):.4g} in size")
+        images = whole.split(batch_size)
+    device, found = _device_of(extractor), []
+    for batch in images:
+        batch = torch.as_tensor(batch)
+        if batch.ndim != 4:
+            raise ValueError(f"images must have the axes [N, C, H, W], got the shape {list(batch.shape)}")
+        if batch.is_floating_point():
+            if not bool(batch.isfinite().all()):  # uint8 would hide it
+                raise ValueError("images have NaN or infinity: the network that made them has diverged")
+            batch = to_uint8(batch).permute(0, 3, 1, 2)
+        elif batch.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8, or floats in [-1, 1], got {batch.dtype}")
+        features = extractor(batch.to(device))
+        features = features[0] if isinstance(features, tuple | list) else features
+        found.append(features.flatten(1))
+    if not found:
+        raise ValueError("there are no images")
+    return torch.cat(found)
+
+
+def _device_of(module: object) -> torch.device:
+    if isinstance(module, nn.Module):
+        for tensors in (module.parameters(), module.buffers()):
+            for tensor in tensors:
+                return tensor.device
+    return torch.device("cpu")
+
+
+def _read_statistics(source: Statistics) -> tuple[Tensor, Tensor]:
+    name = "the mapping"
+    if not isinstance(source, Mapping):
+        name = str(source)
+        try:
+            with np.load(source, allow_pickle=False) as file:
+                source = dict(file)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{name}: no such file; give an npz file with mu and sigma") from None
+        except (ValueError, OSError, TypeError, AttributeError) as error:
+            raise ValueError(f"{name}: no npz file of plain arrays ({error})") from error
+    if missing := {"mu", "sigma"} - source.keys():
+        held = ", ".join(source) or "nothing"
+        raise ValueError(
+            f"{name} has no {' and no '.join(sorted(missing))}, as statistics of real images must; it has {held}"
+        )
+    mean, covariance = (torch.as_tensor(source[key]).to(torch.float64) for key in ("mu", "sigma"))
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{name}: mu must be [D] and sigma [D, D], got {list(mean.shape)} and {list(covariance.shape)}"
+        )
+    return mean, covariance

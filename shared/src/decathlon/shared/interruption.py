@@ -1,0 +1,85 @@
+"""Ctrl-C and SIGTERM that wait for a good moment."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Remembers Ctrl-C or SIGTERM within a `with` block, so that a loop can end between two steps.
+
+    After the block the signal takes its course, and a KeyboardInterrupt says that the loop was cut short. A second
+    Ctrl-C acts at once. A second SIGTERM does not: schedulers and launchers send several, and SIGKILL when they are
+    tired of waiting.
+
+    Args:
+        deferred: False leaves the signals as they are.
+    """
+
+    def __init__(self, deferred: bool) -> None:
+        self._first: int | None = None
+        # Python lets the main thread alone set handlers
+        self._deferred = deferred and _in_main_thread()
+
+    @property
+    def asked(self) -> bool:
+        """Whether there was one."""
+        return self._first is not None
+
+    def __enter__(self) -> Self:
+        # what is ignored, as by nohup, stays so; None is a handler that is not Python's
+        found = {number: signal.getsignal(number) for number in _SIGNALS} if self._deferred else {}
+        self._before: dict[int, Any] = {
+            n: handler for n, handler in found.items() if handler not in (signal.SIG_IGN, None)
+        }
+        self._remembering(True)
+        return self
+
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        self._remembering(False)
+        if self._first is not None and exception is None:
+            signal.raise_signal(self._first)
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this inner block the signals are not deferred."""
+        self._remembering(False)
+        try:
+            yield
+        finally:
+            self._remembering(True)
+
+    def _remembering(self, on: bool) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, self._remember if on else handler)
+
+    def _remember(self, number: int, _: object) -> None:
+        if self._first is None:
+            self._first = number
+        elif number == signal.SIGINT and self._first == signal.SIGINT:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+
+
+@contextmanager
+def terminating_as_interrupting() -> Iterator[None]:
+    """Within this block SIGTERM, by which schedulers end a job, acts as Ctrl-C does."""
+    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
