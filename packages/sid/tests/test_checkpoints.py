@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from decathlon.sid import checkpoints
@@ -190,6 +192,23 @@ def test_not_strict_keeps_initial_values_of_what_is_missing(write: Callable[...,
     assert state["model.map_augment.weight"].isfinite().all()
     for name, value in net.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=0, atol=0)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), min_size=1, max_size=3))
+def test_changed_bytes(changes: list[tuple[int, int]]) -> None:
+    """Of the end of the file, where the arguments of the network are, and of all the rest as the reader's tests do."""
+    data = bytearray(GOLDEN.read_bytes())
+    for position, value in changes:
+        data[len(data) - 1 - position] = value
+    start = time.process_time()
+    try:
+        net = load_edm_pickle(io.BytesIO(data))
+    except (UnsafeCheckpointError, KeyError):
+        pass
+    else:
+        assert isinstance(net, EDMPrecond) and not any(p.is_meta for p in [*net.parameters(), *net.buffers()])
+    assert time.process_time() - start < 5.0
 
 
 def test_licence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -147,7 +147,7 @@ def test_extract_features_counts_and_order() -> None:
 def test_errors(tmp_path: Path) -> None:
     real = real_images()
     evaluator = FrechetEvaluator(Corners(), real)
-    with pytest.raises(ValueError, match="at least 2 images.*got 1"):
+    with pytest.raises(ValueError, match=r"at least 2 images.*got 1"):
         evaluator(Blur(), 1)
     with pytest.raises(ValueError, match="NaN or infinity: the network"):
         evaluator(Blur(value=float("nan")), 10)

@@ -44,6 +44,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(bunch.images).float()[:, None] / 8 - 1, torch.from_numpy(bunch.target).long()
 
 
+@pytest.mark.slow
 def test_digits_network_learns_the_digits(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits
     network = train_digits_features(images, labels)
