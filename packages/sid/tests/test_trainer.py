@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from decathlon.sid.augment import AugmentPipe
 from torch import nn
 
+from decathlon.sid.augment import AugmentPipe
 from decathlon.sid.config import SiDConfig
 from decathlon.sid.draws import SiDDraws
 from decathlon.sid.networks import EDMPrecond

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -66,7 +65,7 @@ class SiDPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents must be {list(shape)}, got {list(latents.shape)}")
         labels = self._labels(class_labels, batch_size, generators)
-        images = sample_one_step(net, latents.to(self.device), labels, float(self.config.init_sigma)).float()
+        images = sample_one_step(net, latents.to(self.device), labels, float(self.config["init_sigma"])).float()
         made: Any = images
         if output_type == "pil":
             made = self.numpy_to_pil(to_uint8(images).cpu().numpy() / 255)

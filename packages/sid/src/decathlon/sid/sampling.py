@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,8 @@ def edm_sampler(
     """
     if noise is not None and noise.shape != (num_steps, *latents.shape):
         raise ValueError(f"noise must be {[num_steps, *latents.shape]}, got {list(noise.shape)}")
-    sigma_min, sigma_max = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    known: Any = net
+    sigma_min, sigma_max = max(sigma_min, known.sigma_min), min(sigma_max, known.sigma_max)
     # on the host as numbers too: branching on them must not wait for the device
     sigmas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho).tolist()
     x = latents.double() * sigmas[0]

@@ -17,9 +17,7 @@ from decathlon.sid.denoisers import check_denoiser
 from decathlon.sid.objectives import add_noise, edm_sigma, fake_score_loss, scaled_loss
 
 
-def train_teacher(
-    net: nn.Module, data: Tensor, labels: Tensor | None = None, config: TeacherConfig | None = None
-) -> nn.Module:
+def train_teacher(net: Any, data: Tensor, labels: Tensor | None = None, config: TeacherConfig | None = None) -> Any:
     """Train a denoiser on images (arXiv 2206.00364, section 5) on the device of the network.
 
     Args:
@@ -41,15 +39,13 @@ def train_teacher(
     _check_data(net, data, labels)
     device = next(net.parameters()).device
     data = data.to(device, torch.float32)
-    rows = None if labels is None else nn.functional.one_hot(labels.long(), int(net.label_dim)).float().to(device)
+    rows = None if labels is None else nn.functional.one_hot(labels.long(), net.label_dim).float().to(device)
     augment = AugmentPipe(c.augment_p) if c.augment_p else None
     if augment is not None and not getattr(net, "augment_dim", 0):
-        raise ValueError(
-            "the network takes no augmentation labels: augment_p must be 0, or augment_dim 9"
-        )
+        raise ValueError("the network takes no augmentation labels: augment_p must be 0, or augment_dim 9")
 
     averaged = copy.deepcopy(net).requires_grad_(False).eval()
-    parameters = list(net.parameters())
+    parameters: list[Tensor] = list(net.parameters())
     optimizer = torch.optim.Adam(parameters, c.lr, fused=True)
     schedule = LambdaLR(optimizer, lambda step: _rate(step, c))
     generator = torch.Generator(device).manual_seed(c.seed)
@@ -66,7 +62,7 @@ def train_teacher(
                 sigma = edm_sigma(torch.randn((c.batch_size, 1, 1, 1), **options), c.P_mean, c.P_std)
                 noisy = add_noise(images, sigma, torch.randn(images.shape, **options))
                 denoised = net(noisy, sigma, None if rows is None else rows[chosen], augment_labels)
-                loss = scaled_loss(fake_score_loss(images, denoised, sigma, float(net.sigma_data)))
+                loss = scaled_loss(fake_score_loss(images, denoised, sigma, net.sigma_data))
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -97,7 +97,7 @@ class SiDTrainer:
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: Any,
         config: SiDConfig | None = None,
         *,
         augment_pipe: AugmentPipe | None = None,
@@ -108,6 +108,8 @@ class SiDTrainer:
         check_denoiser(teacher)
         self.config = c = copy.deepcopy(config) if config is not None else SiDConfig()
         self.evaluator, self.callbacks, self._accelerator = evaluator, tuple(callbacks), accelerator
+        self._world: int
+        self._rank: int
         self._world, self._rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
         self.device: torch.device = accelerator.device if accelerator else next(teacher.parameters()).device
         self._precision = _precision(c, accelerator)
@@ -126,7 +128,7 @@ class SiDTrainer:
             device=self.device,
         )
 
-        self.teacher = frozen(teacher).to(self.device)
+        self.teacher: Any = frozen(teacher).to(self.device)
         self.generator, self.fake_score, self.ema = (copy.deepcopy(self.teacher) for _ in range(3))
         trainable(self.fake_score, augmented=self._augment is not None)
         trainable(self.generator, augmented=False)

@@ -239,7 +239,7 @@ def _parameter(data: object, requires_grad: bool = False, backward_hooks: object
 def _scalar(dtype: object, raw: object) -> int | float | bool:
     if type(dtype) is not _Dtype or type(raw) is not bytes or len(raw) != int(dtype.name[1:]):
         raise UnsafeCheckpointError("a numpy scalar that is no plain number")
-    return np.frombuffer(raw, np.dtype(dtype.name).newbyteorder(dtype.order))[0].item()
+    return np.frombuffer(raw, np.dtype(dtype.order + dtype.name))[0].item()
 
 
 class StandInUnpickler(pickle.Unpickler):
