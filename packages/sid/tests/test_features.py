@@ -63,7 +63,7 @@ def test_digits_network_depends_on_the_seed_alone(digits: tuple[Tensor, Tensor])
     assert torch.equal(torch.get_rng_state(), before)
     other = train_digits_features(images, labels, epochs=2, seed=1)
     assert torch.equal(first(images), again(images)) and not torch.equal(first(images), other(images))
-    with pytest.raises(ValueError, match=r"\[N, 1, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"\[N, 1, R, R\]"):
         train_digits_features(images[:, 0], labels)
 
 

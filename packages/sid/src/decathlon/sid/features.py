@@ -6,6 +6,7 @@ An extractor takes uint8 images [N, C, H, W] and returns features [N, D], as tho
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -80,25 +81,26 @@ class TorchScriptFeatures(nn.Module):
 
 
 class DigitsFeatures(nn.Module):
-    """A small convolutional classifier of 8 x 8 grey images, whose last hidden layer gives 32 features.
+    """A small convolutional classifier of grey images, whose last hidden layer gives 32 features.
 
     Args:
         num_classes: Number of classes it is trained on.
+        resolution: Height and width of the images.
     """
 
     num_features = 32
     name = "digits CNN, 32 features"
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, resolution: int = 8) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, 3, stride=2, padding=1)
         self.conv3 = nn.Conv2d(64, 64, 3, stride=2, padding=1)
-        self.hidden = nn.Linear(64 * 2 * 2, self.num_features)
+        self.hidden = nn.Linear(64 * math.ceil(resolution / 4) ** 2, self.num_features)
         self.classes = nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features [N, 32] of images [N, 1, 8, 8], uint8 or in [-1, 1]."""
+        """Features [N, 32] of images [N, 1, R, R], uint8 or in [-1, 1]."""
         x = images / 127.5 - 1 if images.dtype == torch.uint8 else images
         for conv in (self.conv1, self.conv2, self.conv3):
             x = F.relu(conv(x))
@@ -123,7 +125,7 @@ def train_digits_features(
     """Train a `DigitsFeatures`: the same images, labels and seed give the same network.
 
     Args:
-        images: float in [-1, 1], [N, 1, 8, 8].
+        images: float in [-1, 1], [N, 1, R, R].
         labels: Classes, int64 [N].
         seed: Of the initial weights, the order and the noise.
         epochs: Passes over the images.
@@ -137,12 +139,13 @@ def train_digits_features(
     Raises:
         ValueError: If images or labels have another shape.
     """
-    if images.shape[1:] != (1, 8, 8) or labels.shape != images.shape[:1]:
-        raise ValueError(f"images must be [N, 1, 8, 8] and labels [N], got {list(images.shape)}, {list(labels.shape)}")
+    size = images.shape[-1]
+    if images.shape[1:] != (1, size, size) or labels.shape != images.shape[:1]:
+        raise ValueError(f"images must be [N, 1, R, R] and labels [N], got {list(images.shape)}, {list(labels.shape)}")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = DigitsFeatures(int(labels.max()) + 1)
+        network = DigitsFeatures(int(labels.max()) + 1, size)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     for _ in range(epochs):
         for chosen in torch.randperm(len(images), generator=generator).split(batch_size):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decathlon.sid.augment import AugmentPipe
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -22,6 +21,7 @@ from decathlon.shared.interruption import Interruption
 from decathlon.shared.progress import progress
 from decathlon.shared.records import to_json
 from decathlon.shared.rundir import RunDirectory
+from decathlon.sid.augment import AugmentPipe
 from decathlon.sid.config import SiDConfig
 from decathlon.sid.denoisers import check_denoiser, frozen, label_probabilities, trainable
 from decathlon.sid.draws import FAKE_SCORE, GENERATOR, DrawSource, SiDDraws
@@ -179,9 +179,7 @@ class SiDTrainer:
                 shared = c.share_generator_forward and number == c.fake_steps_per_generator_step - 1
                 fake_loss, kept = self._fake_score_step(draws, number, shared)
             loss, usable = self._generator_step(draws, kept)
-        beta = ema_beta(self.nimg, c.batch_size, c.ema_halflife_kimg, c.ema_rampup_ratio)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - beta)
+        self._average()
         for schedule in self._schedules:
             schedule.step()
         self.nimg += c.batch_size
@@ -269,6 +267,13 @@ class SiDTrainer:
         optimizer.found_inf = (~usable).float()  # as torch.amp.GradScaler tells a fused optimiser
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the averaged generator towards the generator."""
+        c = self.config
+        beta = ema_beta(self.nimg, c.batch_size, c.ema_halflife_kimg, c.ema_rampup_ratio)
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - beta)
 
     def _synchronised(self, part: int, last: bool) -> AbstractContextManager[Any]:
         """Processes exchange gradients in the last round only; forward and backward pass both belong in the block."""
