@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for a good moment."""
+"""Ctrl-C and SIGTERM that wait for a good moment."""
 
 from __future__ import annotations
 
@@ -6,48 +6,94 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Remembers a Ctrl-C within a `with` block, so that a loop can end between two steps; raises it after the block.
+    """Remembers Ctrl-C or SIGTERM within a `with` block, so that a loop can end between two steps.
 
-    A second Ctrl-C acts at once.
+    After the block the signal takes its course, and a KeyboardInterrupt says that the loop was cut short. A second
+    Ctrl-C acts at once. A second SIGTERM does not: schedulers and launchers send several, and SIGKILL when they are
+    tired of waiting.
 
     Args:
-        deferred: False leaves Ctrl-C as it is.
-
-    Attributes:
-        asked: Whether there was one.
+        deferred: False leaves the signals as they are.
     """
 
     def __init__(self, deferred: bool) -> None:
-        self.asked = False
+        self._first: int | None = None
         # Python lets the main thread alone set handlers
-        self._deferred = deferred and threading.current_thread() is threading.main_thread()
+        self._deferred = deferred and _in_main_thread()
+
+    @property
+    def asked(self) -> bool:
+        """Whether there was one."""
+        return self._first is not None
 
     def __enter__(self) -> Self:
-        if self._deferred:
-            self._handler = signal.signal(signal.SIGINT, self._remember)
+        # what is ignored, as by nohup, stays so; None is a handler that is not Python's
+        found = {number: signal.getsignal(number) for number in _SIGNALS} if self._deferred else {}
+        self._before: dict[int, Any] = {
+            n: handler for n, handler in found.items() if handler not in (signal.SIG_IGN, None)
+        }
+        self._remembering(True)
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
-        if self._deferred:
-            signal.signal(signal.SIGINT, self._handler)
-        if self.asked and exception is None:
+        self._remembering(False)
+        if self._first is not None and exception is None:
+            signal.raise_signal(self._first)
             raise KeyboardInterrupt
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within this inner block Ctrl-C is not deferred."""
-        if self._deferred:
-            signal.signal(signal.SIGINT, self._handler)
+        """Within this inner block the signals are not deferred."""
+        self._remembering(False)
         try:
             yield
         finally:
-            if self._deferred:
-                signal.signal(signal.SIGINT, self._remember)
+            self._remembering(True)
 
-    def _remember(self, *_: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self._handler)
+    def _remembering(self, on: bool) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, self._remember if on else handler)
+
+    def _remember(self, number: int, _: object) -> None:
+        if self._first is None:
+            self._first = number
+        elif number == signal.SIGINT and self._first == signal.SIGINT:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+
+
+@contextmanager
+def terminating_as_interrupting() -> Iterator[None]:
+    """Within this block SIGTERM, by which schedulers end a job, acts as Ctrl-C does."""
+    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within this block Ctrl-C and SIGTERM end the process: for waits outside of Python, where no handler is called."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS} if _in_main_thread() else {}
+    changed = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in changed:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in changed.items():
+            signal.signal(number, handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
