@@ -22,7 +22,7 @@ from decathlon.dtql.checkpoint import Checkpoint, SaveClock, check_folder, read_
 from decathlon.dtql.checks import check_device, check_dtype, check_integer, sizes_differ
 from decathlon.dtql.config import AgentConfig
 from decathlon.dtql.evaluate import EvalResult
-from decathlon.dtql.interruption import Interruption
+from decathlon.shared.interruption import Interruption
 from decathlon.shared.progress import progress
 
 Metrics = dict[str, Tensor]

@@ -29,7 +29,6 @@ from decathlon.dtql.evaluate import evaluate as run_episodes
 from decathlon.dtql.evaluate import record_video
 from decathlon.dtql.experiment import ReproduceConfig
 from decathlon.dtql.export import export_policy
-from decathlon.dtql.interruption import terminating_as_interrupting
 from decathlon.dtql.official import write_official
 from decathlon.dtql.options import (
     BanditConfig,
@@ -45,6 +44,7 @@ from decathlon.dtql.spaces import check_action_space
 from decathlon.shared.config import run_cli
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
+from decathlon.shared.interruption import terminating_as_interrupting
 from decathlon.shared.plots import save_figure
 from decathlon.shared.progress import progress
 

@@ -12,8 +12,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from decathlon.dtql.interruption import ending_at_once
 from decathlon.shared.errors import UserError
+from decathlon.shared.interruption import ending_at_once
 
 _LONGEST_WAIT = timedelta(days=14)  # seeds on machines of different speed end at different times
 
