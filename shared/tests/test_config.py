@@ -253,6 +253,21 @@ def test_a_mistake_is_one_line_that_names_the_culprit(capsys, arguments, message
     assert message in fails(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rate", "fast"], 'option "rate": expected a number, got fast'),
+        (["--batch_size", "1.5"], 'option "batch_size": expected an integer, got 1.5'),
+        (["--batch_size="], 'option "batch_size": expected an integer, got nothing'),
+        (["--resume", "maybe"], 'option "resume": expected true or false, got maybe'),
+        (["--kind", "c"], "option \"kind\": expected one of 'a', 'b', got c"),
+        (["--columns", "[1, {}]"], 'option "columns": expected list[str], got [1, {}]'),
+    ],
+)
+def test_a_wrong_value_is_told_in_plain_words(capsys, arguments, message):
+    assert fails(capsys, "train", "--data", "d", *arguments) == f"error: {message}"
+
+
 def test_a_mistake_found_by_the_command(capsys):
     assert run("train", "--data", "bad.csv") == 2
     assert capsys.readouterr().err == "error: bad.csv: no column 'y'\n"

@@ -9,7 +9,7 @@ import yaml
 
 from decathlon.shared.errors import UserError
 from decathlon.shared.records import Claim, Record, read_claims, read_records
-from decathlon.shared.rundir import RunDirectory
+from decathlon.shared.rundir import RunDirectory, differences
 
 
 @dataclass
@@ -87,9 +87,17 @@ def test_a_run_killed_while_it_began_can_be_resumed(tmp_path):
 def test_a_run_of_another_config_is_left_alone(tmp_path):
     RunDirectory(tmp_path / "run", Config())
     before = (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(UserError, match="choose another output"):
+    with pytest.raises(UserError, match=r"of other options: rate \S+ \(now 0.1\); choose another output"):
         RunDirectory(tmp_path / "run", Config(rate=0.1), resume=True)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_differences_are_named_with_both_values():
+    before, now = (
+        {"steps": 6, "agent": {"alpha": 1.0, "lr": 1}, "old": None},
+        {"steps": 12, "agent": {"alpha": 2, "lr": 1}},
+    )
+    assert differences(before, now) == ["steps 6 (now 12)", "agent.alpha 1.0 (now 2)", "old None (now absent)"]
 
 
 @pytest.mark.parametrize("text", ["- a\n- list\n", "", "[not: yaml", "1: a", "just text"])

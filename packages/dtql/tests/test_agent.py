@@ -644,7 +644,7 @@ def test_arguments_of_fit(dataset, arguments):
 def test_data_that_do_not_suit_the_agent(dataset):
     with pytest.raises(ValueError, match=r"largest absolute action is 0.9\d+, above max_action 0.5"):
         DTQL(S, A, small(max_action=0.5), seed=0).fit(dataset, steps=1)
-    with pytest.raises(ValueError, match=r"observations'\] must have shape \(256, 4\), got \(256, 3\)"):
+    with pytest.raises(ValueError, match="the data have 3 observation features and 2 actions, the agent 4 and 2"):
         DTQL(S + 1, A, small(), seed=0).fit(dataset, steps=1)
     with pytest.raises(TypeError, match="TD3BC has no pretraining"):
         TD3BC(S, A, TD3BCConfig(hidden_dim=4), seed=0).fit(dataset, steps=1, pretrain_steps=1)

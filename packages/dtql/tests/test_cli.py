@@ -19,7 +19,14 @@ import yaml
 from decathlon.dtql import BC, DTQL, TD3BC, OfflineDataset, load_agent, load_policy
 from decathlon.dtql.cli import main
 from decathlon.dtql.collect import fork_dataset
-from decathlon.dtql.settings import CONFIGS, TrainConfig, agent_settings, evaluation_episodes, schedule
+from decathlon.dtql.settings import (
+    CONFIGS,
+    TrainConfig,
+    agent_settings,
+    default_episodes,
+    evaluation_episodes,
+    schedule,
+)
 from decathlon.shared.errors import UserError
 from decathlon.shared.records import read_records
 
@@ -88,6 +95,7 @@ def test_train_evaluate_export(model, capsys):
     assert "| seed 0" in Path("run/results.md").read_text()
 
     evaluate = ["evaluate", "--model", str(model), "--env", FORK, "--episodes", "5", "--output", "f.json"]
+    evaluate += ["--overwrite"]
     assert main(evaluate) == 0
     printed = capsys.readouterr().out
     assert "5 episodes" in printed and "acting: softmax over 4 candidates" in printed
@@ -245,7 +253,7 @@ def test_resume_starts_and_finishes(data, capsys):
     assert main([*TRAIN, "--output", "run"]) == 2
     assert "give --resume" in capsys.readouterr().err
     assert main([*TRAIN, "--output", "run", "--resume", "--alpha", "2"]) == 2
-    assert "another settings" in capsys.readouterr().err
+    assert "settings.alpha 1.0 (now 2.0)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -421,7 +429,7 @@ def fails(capsys, *command):
         (["--agent", "bc"], "is no setting of bc"),
         (["--agent", "cql"], "agent"),
         (["--reward_mode", "sparse"], "reward_mode"),
-        (["--lr", "fast"], "lr"),
+        (["--lr", "fast"], 'option "lr": expected a number, got fast'),
         (["--learning_rate", "1"], "learning_rate"),
         (["--seeds", "1", "1"], "seeds must be different"),
         (["--seed", "-1"], "seeds must be different integers of at least 0"),
@@ -489,7 +497,14 @@ def test_divergence_ends_in_one_line(fork, capsys):
 def test_mistakes_in_the_other_commands(model, capsys):
     assert "is no saved agent" in fails(capsys, "evaluate", "--model", "none", "--env", FORK)
     evaluate = ["evaluate", "--model", model, "--env"]
-    assert "obs must be (2,) or (B, 2) as in training, got (10, 3)" in fails(capsys, *evaluate, "Pendulum-v1")
+    sizes = "Pendulum-v1 has 3 observation features and 1 action, the agent in run/seed-0 has 2 and 2"
+    assert sizes in fails(capsys, *evaluate, "Pendulum-v1")
+    assert sizes in fails(capsys, "export", "--model", model, "--env", "Pendulum-v1")
+    assert sizes in fails(capsys, "collect", "--policy", model, "--env", "Pendulum-v1", "--output", "d.npz")
+    assert "the closest are hopper-medium-v2" in fails(capsys, *evaluate, "hoper-medium-v2")
+    assert "give the folder of one, such as run/seed-0" in fails(capsys, "evaluate", "--model", "run", "--env", FORK)
+    assert "seed must be at least 0, got -1" in fails(capsys, *evaluate, FORK, "--seed", -1)
+    assert "expected an integer, got ten" in fails(capsys, *evaluate, FORK, "--episodes", "ten")
     assert "CartPole-v1" in fails(capsys, *evaluate, "CartPole-v1")
     assert "episodes" in fails(capsys, *evaluate, FORK, "--episodes", 0)
     assert "num_candidates must be at least 1" in fails(capsys, *evaluate, FORK, "--num_candidates", 0)
@@ -498,10 +513,16 @@ def test_mistakes_in_the_other_commands(model, capsys):
     assert "must end in .pt2" in fails(capsys, "export", "--model", model, "--output", "policy.pth")
     assert "one of --output (.hdf5 or .npz) and --minari" in fails(capsys, "collect", "--env", FORK)
     assert ".hdf5 or .npz" in fails(capsys, "collect", "--env", FORK, "--output", "data.csv")
-    assert "n_steps 0" in fails(capsys, "collect", "--env", FORK, "--output", "d.npz", "--steps", 0)
+    assert "steps must be at least 1, got 0" in fails(
+        capsys, "collect", "--env", FORK, "--output", "d.npz", "--steps", 0
+    )
     assert "is no saved agent" in fails(capsys, "collect", "--env", FORK, "--output", "d.npz", "--policy", "none")
     assert "steps must be at least 1" in fails(capsys, "bandit", "--steps", 0)
-    assert "method 'kl'" in fails(capsys, "bandit", "--method", "kl", "--entropy_weight", 1)
+    both = ["--method", "dtql", "kl", "--steps", 2, "--entropy_weight", 1]
+    assert fails(capsys, "bandit", *both).startswith("error: entropy_weight must be 0 for method 'kl'")
+    assert not Path("runs").exists()
+    Path("afile").touch()
+    assert "afile is a file: name a folder" in fails(capsys, "export-official", "--model", model, "--output", "afile")
     assert main(["train", "--data", "fork.hdf5", "--agent", "bc", *TINY, "--steps", "2", "--output", "bc"]) == 0
     assert "the official files are of DTQL" in fails(
         capsys, "export-official", "--model", "bc/seed-0", "--output", "official"
@@ -509,8 +530,43 @@ def test_mistakes_in_the_other_commands(model, capsys):
     assert "a BC draws no candidates" in fails(
         capsys, "evaluate", "--model", "bc/seed-0", "--env", FORK, "--num_candidates", 3
     )
-    (model / "agent" / "model.safetensors").write_bytes(b"junk")
-    assert "is damaged" in fails(capsys, *evaluate, FORK)
+    for name in ("optimizer.pt", "model.safetensors"):
+        (model / "agent" / name).write_bytes(b"junk\n")
+        damaged = f"run/seed-0/agent/{name} is damaged"
+        assert damaged in fails(capsys, *evaluate, FORK)
+        assert damaged in fails(capsys, *TRAIN, "--output", "run", "--resume")
+
+
+def test_outputs_that_exist_are_left_alone(model, capsys):
+    commands = {
+        "f.json": ["evaluate", "--model", model, "--env", FORK, "--episodes", 1],
+        "p.pt2": ["export", "--model", model],
+        "d.hdf5": ["collect", "--env", FORK, "--steps", 20],
+    }
+    for name, command in commands.items():
+        Path(name).write_text("mine")
+        error = fails(capsys, *command, "--output", name)
+        assert error == f"error: output {name} exists: give --overwrite to replace it, or another name"
+        assert Path(name).read_text() == "mine"
+        assert main([str(part) for part in (*command, "--output", name, "--overwrite")]) == 0
+        assert Path(name).read_bytes() != b"mine"
+
+
+def test_means_of_collected_data_are_over_whole_episodes(capsys):
+    assert main(["collect", "--env", "Pendulum-v1", "--steps", "450", "--num_envs", "2", "--output", "d.npz"]) == 0
+    printed = capsys.readouterr().out
+    assert "length_mean, whole episodes   200" in printed and "2 episodes are cut where the record stops" in printed
+    assert main(["collect", "--env", "Pendulum-v1", "--steps", "40", "--output", "e.npz"]) == 0
+    assert "return_mean" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("env", "episodes"),
+    [("hopper-medium-v2", 10), ("antmaze-umaze-v2", 100), ("pen-human-v1", 100), ("kitchen-mixed-v0", 100)],
+)
+def test_episodes_by_which_the_paper_judges(env, episodes):
+    assert default_episodes(env) == evaluation_episodes(TrainConfig(env=env)) == episodes
+    assert default_episodes("AntMaze_UMaze-v4") == default_episodes(FORK) == default_episodes(None) == 10
 
 
 def _has(module):

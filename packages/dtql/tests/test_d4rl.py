@@ -122,6 +122,13 @@ def test_no_file_and_no_network_say_what_to_do(tmp_path, server):
         fetch_d4rl("hopper-medium-v2", tmp_path / "cache")
 
 
+def test_the_cause_of_a_failed_download_stands_alone(tmp_path, monkeypatch):
+    entries = {"hopper-medium-v2": {"url": "http://127.0.0.1:9/hopper.hdf5", "ref_min": 0.0, "ref_max": 1.0}}
+    monkeypatch.setattr(d4rl, "D4RL_REGISTRY", entries)
+    with pytest.raises(FileNotFoundError, match=r"cannot be downloaded \(Connection refused\); fetch it elsewhere"):
+        fetch_d4rl("hopper-medium-v2", tmp_path / "cache")
+
+
 def test_a_file_put_there_by_hand_is_accepted_and_sealed(tmp_path, server):
     (tmp_path / "cache").mkdir()
     (server / "hopper.hdf5").rename(tmp_path / "cache" / "hopper.hdf5")
@@ -170,6 +177,11 @@ def test_reading_names_the_file_and_the_fault(tmp_path):
         (tmp_path / "b.hdf5").write_bytes(whole[:size])
         with pytest.raises(OSError, match=r"b.hdf5: cut short or no HDF5 file .*; copy or download it again"):
             d4rl.read_d4rl_hdf5(tmp_path / "b.hdf5")
+
+
+def test_flags_that_are_none_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a.hdf5: terminals hold numbers other than 0 and 1"):
+        d4rl.read_d4rl_hdf5(write(tmp_path / "a.hdf5", terminals=[0, 0.5, 0, 1]))
 
 
 def test_writing_is_atomic(tmp_path):

@@ -198,11 +198,23 @@ def test_arrays_without_next_observations_are_steps():
         ({"rewards": np.array([0, 1, np.nan, 0, np.inf, 0])}, "rewards: NaN or infinite first in row 2"),
         ({"observations": np.where(np.arange(12).reshape(6, 2) == 9, np.inf, 0)}, "observations: .* first in row 4"),
         ({"terminals": None}, "terminals is missing"),
+        ({"terminals": [0, 0, 0.5, 0, 0, 1]}, "terminals: neither true .* first in row 2; give flags"),
+        ({"timeouts": [0, 0, 0, 0, 2, 0]}, "timeouts: neither true .* first in row 4; give flags"),
+        ({"observations": np.full((6, 2), 1e300)}, r"observations: larger than 3.4e\+38, .* row 0; rescale"),
+        ({"actions": [[0.0], [0.0, 0.0]]}, "actions: rows of unequal length"),
+        ({"max_action": 0.0}, "max_action must be positive and finite, got 0.0"),
     ],
 )
 def test_faulty_arrays_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         OfflineDataset.from_arrays(**arrays(**changes))
+
+
+@pytest.mark.parametrize("kind", [str, object, complex])
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "terminals"])
+def test_arrays_of_anything_but_numbers_are_refused(kind, name):
+    with pytest.raises(TypeError, match=f"{name} must hold numbers, got "):
+        OfflineDataset.from_arrays(**arrays(**{name: np.asarray(arrays()[name]).astype(kind)}))
 
 
 def test_actions_may_reach_the_bound_and_another_bound_may_be_given():

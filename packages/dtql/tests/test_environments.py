@@ -15,11 +15,13 @@ from decathlon.dtql.collect import (
     fork_demonstrator,
     pendulum_controller,
     pendulum_dataset,
+    record_steps,
 )
 from decathlon.dtql.environments import (
     FORK_ID,
     AgentVectorEnv,
     ForkVectorEnv,
+    check_fit,
     fork_start,
     fork_step,
     make_vec_env,
@@ -220,6 +222,30 @@ def test_several_policies_share_the_steps():
         collect_dataset(FORK_ID, policies, 2)
 
 
+def test_policies_that_cannot_be_meant():
+    with pytest.raises(ValueError, match=r"the actions must have shape \(8, 2\), got \(8, 3\)"):
+        collect_dataset(FORK_ID, lambda obs: np.zeros((len(obs), 3)), 10)
+    with pytest.raises(ValueError, match="the actions hold NaN or infinity"):
+        collect_dataset(FORK_ID, lambda obs: np.full((len(obs), 2), np.nan), 10)
+    with pytest.raises(TypeError, match=r"got 'random': for an agent give lambda obs: agent.predict"):
+        collect_dataset(FORK_ID, "random", 10)
+    with pytest.raises(TypeError, match=r"n_steps must be an integer, got 10\.5"):
+        collect_dataset(FORK_ID, None, 10.5)
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        collect_dataset(FORK_ID, None, 10, seed=-1)
+
+
+def test_episodes_that_the_record_cuts_are_known():
+    """Pendulum's have 200 steps, so of 450 each of two environments has one whole and a cut one of 25."""
+    record = record_steps("Pendulum-v1", None, 450, seed=0, num_envs=2)
+    whole = record.whole_episodes()
+    assert np.flatnonzero(record.cut).tolist() == [224, 449]
+    assert whole.describe()["episodes"] == 2 and whole.describe()["length_mean"] == 200
+    np.testing.assert_array_equal(whole.rewards[200:], record.dataset.rewards[225:425])
+    assert not record_steps("Pendulum-v1", None, 400, seed=0, num_envs=2).cut.any()
+    assert record_steps("Pendulum-v1", None, 40, seed=0, num_envs=2).whole_episodes() is None
+
+
 def test_collecting_is_seeded():
     first, again, other = (collect_dataset("Pendulum-v1", None, 40, seed=s, num_envs=2) for s in (1, 1, 2))
     np.testing.assert_array_equal(first.observations, again.observations)
@@ -341,3 +367,40 @@ def test_missing_packages_name_the_line_that_installs_them(monkeypatch):
             make_vec_env("AbsentMujoco-v0", 1)
     finally:
         del gym.registry["AbsentMujoco-v0"]
+
+
+def test_packages_of_others_are_not_passed_off_as_ours():
+    def absent(**_):
+        raise gym.error.DependencyNotInstalled("Box2D is not installed")
+
+    gym.register("AbsentBox-v0", entry_point=absent)
+    try:
+        with pytest.raises(ImportError, match=r"AbsentBox-v0: Box2D is not installed$"):
+            make_vec_env("AbsentBox-v0", 1)
+    finally:
+        del gym.registry["AbsentBox-v0"]
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [("AntMaze_UMaze-v4", "mirrored and its ant has five times the torque"), ("FrankaKitchen-v1", "velocities")],
+)
+def test_simulators_that_are_not_d4rls_say_why(env_id, message):
+    env = AgentVectorEnv(odd())
+    with pytest.raises(ValueError, match=f"{env_id} has 3 observation features .* has 29 and 3; .*{message}"):
+        check_fit(env, env_id, "the agent has", (29, 3))
+    check_fit(env, env_id, "the agent has", (3, 3))
+
+
+def test_kitchen_that_does_not_start_names_the_versions(monkeypatch):
+    def broken(**_):
+        raise AssertionError
+
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", type(sys)("gymnasium_robotics"))
+    monkeypatch.setattr("decathlon.dtql.environments.version", lambda _: "9.9")
+    gym.register("FrankaKitchen-v99", entry_point=broken)
+    try:
+        with pytest.raises(ImportError, match=r"FrankaKitchen-v99 does not start .* mujoco 9.9: pip install"):
+            make_vec_env("FrankaKitchen-v99", 1)
+    finally:
+        del gym.registry["FrankaKitchen-v99"]

@@ -14,6 +14,7 @@ from decathlon.dtql.collect import fork_demonstrator
 from decathlon.dtql.d4rl import normalized_score
 from decathlon.dtql.environments import FORK_ID, ForkVectorEnv
 from decathlon.dtql.evaluate import EvalResult, evaluate, record_video
+from decathlon.shared.progress import progress
 
 
 class Scripted:
@@ -140,15 +141,60 @@ def test_locomotion_is_scored_by_d4rl_in_v4():
 
 @pytest.mark.parametrize("options", [{"episodes": 0}, {"num_envs": 0}])
 def test_numbers_below_one_are_refused(options):
-    with pytest.raises(ValueError, match="episodes and num_envs must be at least 1"):
+    ((name, _),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         evaluate(constant(0.0), "Pendulum-v1", **options)
+
+
+def test_other_arguments_that_cannot_be_meant():
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        evaluate(constant(0.0), "Pendulum-v1", seed=-1)
+    with pytest.raises(TypeError, match=r"episodes must be an integer, got 1.5"):
+        evaluate(constant(0.0), "Pendulum-v1", episodes=1.5)
+    with pytest.raises(TypeError, match="agent must have a method predict, got function"):
+        evaluate(lambda obs: obs, "Pendulum-v1")
+    with pytest.raises(TypeError, match=r"got TimeLimit: give the id .* or SyncVectorEnv\(\[lambda: env\]\)"):
+        evaluate(constant(0.0), gym.make("Pendulum-v1"))
+
+
+def test_sizes_that_do_not_fit_are_told():
+    agent = constant(0.0)
+    agent.obs_dim, agent.action_dim = 4, 1
+    expected = "Pendulum-v1 has 3 observation features and 1 action, the agent has 4 and 1"
+    with pytest.raises(ValueError, match=expected):
+        evaluate(agent, "Pendulum-v1")
+    with pytest.raises(ValueError, match=expected):
+        evaluate(agent, gym.make_vec("Pendulum-v1", 2))
+    with pytest.raises(ValueError, match=r"the actions must have shape \(2, 1\), got \(2, 3\)"):
+        evaluate(constant(0.0, 3), "Pendulum-v1", episodes=2)
+    with pytest.raises(ValueError, match="the actions hold NaN or infinity"):
+        evaluate(constant(math.nan), "Pendulum-v1")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_counts_the_steps_of_the_episodes(monkeypatch, shown):
+    bars = []
+
+    def keep(**options):
+        bars.append(progress(**options))
+        return bars[-1]
+
+    monkeypatch.setitem(evaluate.__globals__, "progress", keep)  # the package has a function of the module's name
+    result = evaluate(Scripted(fork_demonstrator), FORK_ID, episodes=3, progress_bar=shown)
+    (bar,) = bars
+    assert bar.n == (result.lengths.sum() if shown else 0)
+    assert not shown or bar.total == 180
 
 
 def test_environments_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match=r"Discrete\(2\) is not continuous"):
         evaluate(constant(0.0), "CartPole-v1")
-    with pytest.raises(gym.error.NameNotFound):
+    with pytest.raises(gym.error.NameNotFound, match="there is no environment 'NoSuchEnvironment-v0'"):
         evaluate(constant(0.0), "NoSuchEnvironment-v0")
+    with pytest.raises(gym.error.NameNotFound, match="the closest are hopper-medium-v2, "):
+        evaluate(constant(0.0), "hoper-medium-v2")
+    with pytest.raises(gym.error.NamespaceNotFound, match=f"the closest are {FORK_ID}"):
+        evaluate(constant(0.0), "decatlon/Fork-v0")
 
 
 def test_results_are_plain():

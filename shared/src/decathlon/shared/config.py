@@ -25,8 +25,25 @@ class _Parser(ArgumentParser):
     """Says a mistake in one line, without the usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", " ".join(str(message).split()))
-        raise UserError(text.replace("Parser key", "option").replace("Expected a ", "expected "))
+        text = " ".join(str(message).split())
+        for pattern, words in _PLAIN.items():
+            text = re.sub(pattern, words, text)
+        raise UserError(text)
+
+
+_PLAIN = {  # what jsonargparse says, in the words of a user, one after another
+    r"<class '([\w.]+)'>|typing\.": r"\1",
+    "Parser key": "option",
+    r'option "config": (?=option)': "",
+    r"Does not validate .*? Subtypes: \[(.+?)(, NoneType)?\] Errors: .*? Given value:": r"expected \1. Got value:",
+    "Expected a ": "expected ",
+    r"Literal\[(.+?)\](?=\. Got value:)": r"one of \1",
+    r"\bfloat(?=\. Got value:)": "a number",
+    r"\bint(?=\. Got value:)": "an integer",
+    r"\bbool(?=\. Got value:)": "true or false",
+    r"\. Got value:(?= ?$)": ", got nothing",
+    r"\. Got value:": ", got",
+}
 
 
 def run_cli(prog: str, description: str, commands: Commands, argv: Sequence[str] | None = None) -> int:

@@ -81,5 +81,19 @@ def terminating_as_interrupting() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within this block Ctrl-C and SIGTERM end the process: for waits outside of Python, where no handler is called."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS} if _in_main_thread() else {}
+    changed = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in changed:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in changed.items():
+            signal.signal(number, handler)
+
+
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()

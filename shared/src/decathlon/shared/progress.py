@@ -16,13 +16,15 @@ def progress(
     unit: str = "it",
     leave: bool = False,
     disable: bool = False,
+    delay: float = 0.0,
 ) -> Any:
     """A tqdm bar on stderr, with tqdm's arguments; where stderr is no terminal, a line every ten seconds."""
     # lines cannot be wiped out, so there the last one stays and says that it is done
     shown: dict[str, Any] = {"leave": True, "ncols": 80, "mininterval": 10.0, "file": _Lines()}
     if sys.stderr.isatty():
         shown = {"leave": leave, "dynamic_ncols": True, "mininterval": 0.2}
-    return tqdm(iterable, total=total, initial=initial, desc=desc, unit=unit, disable=disable, **shown)
+    bar = {"total": total, "initial": initial, "desc": desc, "unit": unit, "disable": disable, "delay": delay}
+    return tqdm(iterable, **bar, **shown)
 
 
 class _Lines:

@@ -43,8 +43,8 @@ class RunDirectory:
                 before = dict(yaml.safe_load(written.read_text(encoding="utf-8")))
             except (ValueError, TypeError, yaml.YAMLError):
                 raise UserError(f"{written} holds no config of a run: choose another output") from None
-            if changed := [str(key) for key in {**before, **values} if before.get(key, ...) != values.get(key, ...)]:
-                raise UserError(f"{self.path} holds a run with another {', '.join(changed)}: choose another output")
+            if changes := ", ".join(differences(before, values)):
+                raise UserError(f"{self.path} holds a run of other options: {changes}; choose another output")
         elif self.path.is_dir() and any(not child.name.startswith(".") for child in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run: choose another output")
         else:  # the config comes first: from then on the run can be resumed
@@ -63,6 +63,18 @@ class RunDirectory:
         """Write `records.jsonl` and `claims.jsonl`, each atomically."""
         write_jsonl(self.path / "records.jsonl", records)
         write_jsonl(self.path / "claims.jsonl", claims)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two configs, such as "steps 6 (now 12)" and "settings.alpha 1.0 (now 2.0)"."""
+    found: list[str] = []
+    for key in {**before, **now}:
+        old, new = before.get(key, "absent"), now.get(key, "absent")
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} {old!s:.60} (now {new!s:.60})")
+    return found
 
 
 def environment() -> dict[str, Any]:

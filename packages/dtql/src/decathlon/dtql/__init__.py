@@ -23,6 +23,7 @@ from decathlon.dtql.objectives import (
     sigma_from_uniform,
     vp_beta_schedule,
 )
+from decathlon.dtql.stacked import fit_stacked
 from decathlon.dtql.transitions import qlearning_dataset, tune_rewards
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "evaluate",
     "expectile_loss",
     "export_policy",
+    "fit_stacked",
     "implicit_action",
     "kl_distillation_loss",
     "load_agent",

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.datasets import make_swiss_roll
 
 from decathlon.dtql.bandit_learning import KLGenerator, LearnedFromData, TanhGaussians
+from decathlon.dtql.checks import check_integer
 
 DATA = ("25_gaussian", "swiss_roll_2D")
 REWARDS = ("far", "near", "hard", "same")
@@ -59,7 +60,7 @@ def bandit_data(name: str, n: int = 10_000, seed: int = 0) -> NDArray[np.float64
         ValueError: if the name is not known or n is below 1.
     """
     _check_choice("data", name, DATA)
-    _check_count("n", n)
+    check_integer("n", n, 1)
     if name == "swiss_roll_2D":
         return make_swiss_roll(n, noise=0.1, random_state=seed)[0][:, [0, 2]]
     centers = _centers()
@@ -186,27 +187,31 @@ def run_bandit(
 
     Raises:
         ValueError: if a name is not known or a number is out of its range.
+        TypeError: if a count is no integer.
     """
-    _check_choice("method", method, METHODS)
+    check_bandit(
+        data,
+        reward,
+        method,
+        steps=steps,
+        pretrain_steps=pretrain_steps,
+        eta=eta,
+        n_starts=n_starts,
+        entropy_weight=entropy_weight,
+        seed=seed,
+    )
     started = time.process_time()
     actions = bandit_data(data, seed=seed)
     rewards = bandit_reward(actions, reward)
     steps = (STEPS[reward] if method == "dtql" else KL_STEPS) if steps is None else steps
     pretrain_steps = PRETRAIN_STEPS[method] if pretrain_steps is None else pretrain_steps
     eta = ETA[reward] if eta is None else eta
-    _check_count("steps", steps)
-    _check_count("n_starts", n_starts)
-    for name, value in (("pretrain_steps", pretrain_steps), ("eta", eta), ("entropy_weight", entropy_weight)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
-    if method == "kl" and entropy_weight > 0:
-        raise ValueError("entropy_weight must be 0 for method 'kl': its generator has no likelihood")
 
     advance = callback or (lambda: None)
     init_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
     generator = torch.Generator().manual_seed(draw_seed)
     with torch.random.fork_rng(devices=[]), _denormals_as_zero():
-        torch.manual_seed(init_seed)
+        torch.default_generator.manual_seed(init_seed)  # torch.manual_seed would reseed every GPU too
         nets = LearnedFromData(actions, rewards, pretrain_steps + steps, generator)
         for _ in range(pretrain_steps):
             nets.step()
@@ -227,6 +232,31 @@ def run_bandit(
     if method == "dtql":
         config |= {"n_starts": n_starts, "init_log_std": init_log_std, "entropy_weight": entropy_weight}
     return _judge(samples, chosen, actions, config, started)
+
+
+def check_bandit(
+    data: str,
+    reward: str,
+    method: str,
+    *,
+    steps: int | None = None,
+    pretrain_steps: int | None = None,
+    eta: float | None = None,
+    n_starts: int = 1,
+    entropy_weight: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Refuse arguments that `run_bandit` cannot take, and do nothing else; errors as there."""
+    for name, choice, known in (("data", data, DATA), ("reward", reward, REWARDS), ("method", method, METHODS)):
+        _check_choice(name, choice, known)
+    for name, count, least in (("steps", steps, 1), ("n_starts", n_starts, 1), ("seed", seed, 0)):
+        if count is not None:
+            check_integer(name, count, least)
+    for name, value in (("pretrain_steps", pretrain_steps), ("eta", eta), ("entropy_weight", entropy_weight)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    if method == "kl" and entropy_weight > 0:
+        raise ValueError("entropy_weight must be 0 for method 'kl': its generator has no likelihood")
 
 
 def _judge(
@@ -276,8 +306,3 @@ def _centers() -> NDArray[np.float64]:
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _check_count(name: str, count: int) -> None:
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")

@@ -18,10 +18,11 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from decathlon.dtql.batch import Batch, Sampler, check_batch, check_noise
-from decathlon.dtql.checkpoint import Checkpoint, check_folder, read_checkpoint, write_checkpoint
+from decathlon.dtql.checkpoint import Checkpoint, SaveClock, check_folder, read_checkpoint, write_checkpoint
+from decathlon.dtql.checks import check_device, check_dtype, check_integer, sizes_differ
 from decathlon.dtql.config import AgentConfig
 from decathlon.dtql.evaluate import EvalResult
-from decathlon.dtql.interruption import Interruption
+from decathlon.shared.interruption import Interruption
 from decathlon.shared.progress import progress
 
 Metrics = dict[str, Tensor]
@@ -51,8 +52,8 @@ class OfflineAgent(abc.ABC, Generic[Config]):
         log_history: All rows that `fit` has logged.
 
     Raises:
-        ValueError: If a size is below 1.
-        TypeError: If `config` is of another agent.
+        ValueError: If a size is below 1, the seed below 0, or the device not to be had.
+        TypeError: If one of them is no integer, `dtype` no floating-point type, or `config` of another agent.
     """
 
     config_class: ClassVar[type[Any]]
@@ -72,17 +73,18 @@ class OfflineAgent(abc.ABC, Generic[Config]):
         seed: int | None = None,
     ) -> None:
         for name, size in (("obs_dim", obs_dim), ("action_dim", action_dim)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_integer(name, size, 1)
+        if seed is not None:
+            check_integer("seed", seed, 0)
         if not isinstance(config, self.config_class | None):
             raise TypeError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
         self.config: Config = self.config_class() if config is None else replace(config)  # a copy, checked once more
         self.obs_dim, self.action_dim = int(obs_dim), int(action_dim)
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype = check_device(device), check_dtype(dtype)
         self.seed = int(torch.randint(2**31, ())) if seed is None else int(seed)
         init_seed, train_seed, act_seed = np.random.SeedSequence(self.seed).generate_state(3).tolist()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(init_seed)
+            torch.default_generator.manual_seed(init_seed)  # torch.manual_seed would reseed every GPU too
             self.networks = nn.ModuleDict(self._make_networks()).to(self.device, dtype)
         self.generator = torch.Generator(self.device).manual_seed(train_seed)
         self.act_generator = torch.Generator(self.device).manual_seed(act_seed)
@@ -146,13 +148,7 @@ class OfflineAgent(abc.ABC, Generic[Config]):
         Raises:
             ValueError: For a missing key or a wrong shape, with its name.
         """
-        checked = check_batch(batch, self.obs_dim, self.action_dim, self.device, self.dtype)
-        shapes = self._noise_shapes(len(checked["observations"]))
-        metrics = self._update(checked, self._noise(noise, shapes, tuple(shapes)))
-        for scheduler in self.schedulers.values():
-            scheduler.step()
-        self.num_updates += 1
-        return {name: loss.detach() for name, loss in metrics.items()}
+        return self._step(*self._inputs(batch, noise))
 
     def pretrain_update(self, batch: Mapping[str, Any], noise: Mapping[str, Any] | None = None) -> Metrics:
         """One step of pretraining, in which the policy does not learn; input and output as for `update`.
@@ -161,18 +157,30 @@ class OfflineAgent(abc.ABC, Generic[Config]):
             TypeError: If the agent has no pretraining.
             ValueError: As `update`; noise that is for the policy only may be there or not.
         """
+        return self._step(*self._inputs(batch, noise, pretraining=True), pretraining=True)
+
+    def _inputs(
+        self, batch: Mapping[str, Any], noise: Mapping[str, Any] | None = None, *, pretraining: bool = False
+    ) -> tuple[Batch, Batch]:
+        """Batch and noise as `update` and `pretrain_update` are given them, checked; noise that is None is drawn."""
         checked = check_batch(batch, self.obs_dim, self.action_dim, self.device, self.dtype)
         shapes = self._noise_shapes(len(checked["observations"]))
-        metrics = self._pretrain_update(checked, self._noise(noise, shapes, self.pretrain_noise))
-        self.num_pretrain_updates += 1
-        return {name: loss.detach() for name, loss in metrics.items()}
-
-    def _noise(
-        self, noise: Mapping[str, Any] | None, shapes: dict[str, tuple[int, ...]], names: Sequence[str]
-    ) -> Batch:
+        names: Sequence[str] = self.pretrain_noise if pretraining else tuple(shapes)
         if noise is None:
-            return {name: self._draw_noise(name, shapes[name]) for name in names}
-        return check_noise(noise, shapes, names, self.device, self.dtype)
+            return checked, {name: self._draw_noise(name, shapes[name]) for name in names}
+        return checked, check_noise(noise, shapes, names, self.device, self.dtype)
+
+    def _step(self, batch: Batch, noise: Batch, *, pretraining: bool = False) -> Metrics:
+        """One step of training or pretraining on what `_inputs` returned."""
+        if pretraining:
+            metrics = self._pretrain_update(batch, noise)
+            self.num_pretrain_updates += 1
+        else:
+            metrics = self._update(batch, noise)
+            for scheduler in self.schedulers.values():
+                scheduler.step()
+            self.num_updates += 1
+        return {name: loss.detach() for name, loss in metrics.items()}
 
     def _reset_optimizers(self) -> None:
         """Fresh optimisers and schedules."""
@@ -201,6 +209,7 @@ class OfflineAgent(abc.ABC, Generic[Config]):
         log_every: int = 1000,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int | None = None,
+        checkpoint_minutes: float | None = None,
         resume: bool = False,
     ) -> list[Row]:
         """Pretrain for `pretrain_steps` steps, then train for `steps` steps. A second call trains on.
@@ -215,8 +224,9 @@ class OfflineAgent(abc.ABC, Generic[Config]):
             callback: Called with the agent and each row of the log; if it returns False, the fit ends there.
             log_every: Steps between two rows of the log; losses are looked at there only.
             checkpoint_dir: Where the agent is saved before every evaluation, at the end, and after the step in which
-                Ctrl-C comes. An evaluation that Ctrl-C cut off is made up for with `resume`.
+                Ctrl-C or SIGTERM comes. An evaluation that was cut off is made up for with `resume`.
             checkpoint_every: Steps between two saves in between.
+            checkpoint_minutes: Minutes after a save from which on the next step is followed by another one.
             resume: Count `steps` and `pretrain_steps` from the beginning of the agent, so that one loaded from
                 `checkpoint_dir` does what is left: on a CPU to the same bits as without the break.
 
@@ -231,15 +241,14 @@ class OfflineAgent(abc.ABC, Generic[Config]):
         _check_least(0, steps=steps, pretrain_steps=pretrain_steps)
         _check_least(1, batch_size=batch_size, log_every=log_every)
         _check_least(1, eval_every=eval_every, checkpoint_every=checkpoint_every)
+        clock = SaveClock(checkpoint_every, checkpoint_minutes)
         if resume:
             steps, pretrain_steps = steps - self.num_updates, pretrain_steps - self.num_pretrain_updates
             steps, pretrain_steps = max(steps, 0), max(pretrain_steps, 0)
         self._check_fit(dataset, steps)
         if checkpoint_dir is not None:
             check_folder(checkpoint_dir)
-        if not hasattr(dataset, "to_torch") and not hasattr(dataset, "sample"):
-            raise TypeError(f"dataset must be an OfflineDataset (see its from_arrays), got {type(dataset).__name__}")
-        sampler: Sampler = dataset.to_torch(self.device, self.dtype) if hasattr(dataset, "to_torch") else dataset
+        sampler = self._sampler(dataset)
         rows: list[Row] = []
         total = pretrain_steps + steps
         left_out = self.num_evaluated < self.num_updates and (total == 0 or _due(self.num_updates, eval_every))
@@ -262,26 +271,39 @@ class OfflineAgent(abc.ABC, Generic[Config]):
                 evaluates = eval_fn is not None and training and (last or _due(step, eval_every))
                 row: Row = {}
                 if last or step % log_every == 0:
-                    row = {"phase": phase, "step": step, **_read(losses | self._diagnose(batch), phase, step)}
-                    self.log_history.append(row)
+                    row = self._log(losses | self._diagnose(batch), phase, step)
                 if evaluates and not interruption.asked:
                     if (
                         checkpoint_dir is not None
                     ):  # an evaluation is long and may fail: what was learned is kept before
                         _read(losses, phase, step)
                         self.save(checkpoint_dir)
+                        clock.restart()
                     with interruption.at_once():
                         row = self._evaluate(eval_fn)
                 if row:
                     rows.append(row)
                     if callback is not None and callback(self, row) is False:
                         last = True
-                if checkpoint_dir is not None and (last or _due(step, checkpoint_every) or interruption.asked):
+                if checkpoint_dir is not None and (last or clock.due(step) or interruption.asked):
                     _read(losses, phase, step)  # no checkpoint of a run that has diverged
                     self.save(checkpoint_dir)
+                    clock.restart()
                 if last or interruption.asked:
                     break
         return rows
+
+    def _log(self, losses: Metrics, phase: str, step: int) -> Row:
+        """A new row of the log."""
+        row: Row = {"phase": phase, "step": step, **_read(losses, phase, step)}
+        self.log_history.append(row)
+        return row
+
+    def _sampler(self, dataset: Any) -> Sampler:
+        """Where batches of the data come from."""
+        if not hasattr(dataset, "to_torch") and not hasattr(dataset, "sample"):
+            raise TypeError(f"dataset must be an OfflineDataset (see its from_arrays), got {type(dataset).__name__}")
+        return dataset.to_torch(self.device, self.dtype) if hasattr(dataset, "to_torch") else dataset
 
     def _evaluate(self, eval_fn: Callable[[Self], Any] | None) -> Row:
         """The row of the log for this step, with an evaluation."""
@@ -305,6 +327,9 @@ class OfflineAgent(abc.ABC, Generic[Config]):
                 f"{self.num_updates + steps} training steps exceed lr_decay_steps {decay}, where learning rates are 0"
             )
         if (actions := getattr(dataset, "actions", None)) is not None:
+            sizes = dataset.observations.shape[1], actions.shape[1]
+            if differ := sizes_differ("the data have", sizes, "the agent", (self.obs_dim, self.action_dim)):
+                raise ValueError(differ)
             largest = float(np.abs(actions).max())
             if largest > self.config.max_action + 1e-6:
                 raise ValueError(
@@ -419,8 +444,8 @@ class OfflineAgent(abc.ABC, Generic[Config]):
 
 def _check_least(least: int, **counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}")
+        if count is not None:
+            check_integer(name, count, least)
 
 
 def _due(step: int, every: int | None) -> bool:

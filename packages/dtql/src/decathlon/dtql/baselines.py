@@ -13,7 +13,7 @@ from torch.optim import Adam
 from decathlon.dtql.agent import DTQL, TrustRegionAgent
 from decathlon.dtql.base import Metrics, OfflineAgent
 from decathlon.dtql.batch import Batch
-from decathlon.dtql.candidates import CandidateAgent
+from decathlon.dtql.candidates import CandidateAgent, value_range
 from decathlon.dtql.checkpoint import read_description
 from decathlon.dtql.config import BCConfig, DiffusionQLConfig, DTQLKLConfig, TD3BCConfig
 from decathlon.dtql.networks import DeterministicActor, DQLCritic, NoiseNetwork, ScoreNetwork, TD3Critic
@@ -151,7 +151,7 @@ class DiffusionQL(CandidateAgent[DiffusionQLConfig]):
             n_timesteps=self.config.n_timesteps,
             max_action=self.config.max_action,
             x_init=x_init,
-            noises=noises,
+            noises=None if noises is None else noises.movedim(-3, 0),
             generator=self.act_generator,
         )
 
@@ -168,15 +168,15 @@ class DiffusionQL(CandidateAgent[DiffusionQLConfig]):
         behavior = ddpm_loss(self.actor, batch["actions"], obs, noise["t"], noise["eps_bc"], n_timesteps=c.n_timesteps)
         with self._frozen:
             action = self._sample(self.actor, obs, noise["x_init"], noise["noises"])
-            twins = torch.stack(self.critic(obs, action))
-            raised, other = (twins.index_select(0, i).squeeze(0) for i in (noise["twin"], 1 - noise["twin"]))
+            twins = torch.cat(self.critic(obs, action), dim=-1)
+            raised, other = (twins.take_along_dim(i.unsqueeze(-2), dim=-1) for i in (noise["twin"], 1 - noise["twin"]))
             total = diffusion_ql_loss(behavior, raised, other, eta=c.eta)
             descend(self.optimizers["actor"], total)
 
         if self.num_updates >= c.ema_start and self.num_updates % c.ema_every == 0:
             self._actor_average.step()
         self._target_average.step()
-        return {"critic_loss": values, "bc_loss": behavior, "q_loss": -raised.mean(), "actor_loss": total}
+        return {"critic_loss": values, "bc_loss": behavior, "q_loss": -raised.mean((-2, -1)), "actor_loss": total}
 
     def policy(self, obs: Tensor) -> Tensor:
         """The action of a chain without noise, [B, A] for observations [B, S]."""
@@ -207,7 +207,7 @@ class Standardizer(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Standardised observations [..., S]."""
-        return (obs - self.mean) / self.spread
+        return (obs - self.mean.unsqueeze(-2)) / self.spread.unsqueeze(-2)
 
 
 class TD3BC(OfflineAgent[TD3BCConfig]):
@@ -270,12 +270,11 @@ class TD3BC(OfflineAgent[TD3BCConfig]):
             descend(self.optimizers["actor"], total)
         self._target_average.step()
         bc = behavior_cloning_loss(policy_action, action)
-        return {"critic_loss": values, "bc_loss": bc, "q_loss": -q1.mean(), "actor_loss": total}
+        return {"critic_loss": values, "bc_loss": bc, "q_loss": -q1.mean((-2, -1)), "actor_loss": total}
 
     @torch.no_grad()
     def _diagnose(self, batch: Mapping[str, Any]) -> Metrics:
-        q = torch.stack(self.critic(self.standardizer(batch["observations"]), batch["actions"]))
-        return {"q_mean": q.mean(), "q_abs_max": q.abs().max()}
+        return value_range(self.critic, self.standardizer(batch["observations"]), batch["actions"])
 
     def policy(self, obs: Tensor) -> Tensor:
         """Actions [B, A] for observations [B, S]."""

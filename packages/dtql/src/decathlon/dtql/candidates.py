@@ -74,8 +74,7 @@ class CandidateAgent(OfflineAgent[Config]):
 
     @torch.no_grad()
     def _diagnose(self, batch: Mapping[str, Any]) -> Metrics:
-        q = torch.stack(self.critic(batch["observations"], batch["actions"]))
-        return {"q_mean": q.mean(), "q_abs_max": q.abs().max()}
+        return value_range(self.critic, batch["observations"], batch["actions"])
 
 
 def target_twins(critic: TwinQ) -> TwinQ:
@@ -83,3 +82,9 @@ def target_twins(critic: TwinQ) -> TwinQ:
     target = TwinQ()
     target.q1_model, target.q2_model = target_of(critic.q1_model), target_of(critic.q2_model)
     return target
+
+
+def value_range(critic: TwinQ, obs: Tensor, action: Tensor) -> Metrics:
+    """Mean and largest absolute value of both Qs over a batch."""
+    q = torch.stack(critic(obs, action))
+    return {"q_mean": q.mean((0, -2, -1)), "q_abs_max": q.abs().amax((0, -2, -1))}

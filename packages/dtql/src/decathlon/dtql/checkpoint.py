@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import pickle
+import shutil
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,11 +32,49 @@ class Checkpoint(NamedTuple):
     training: dict[str, Any]
 
 
+class SaveClock:
+    """When the next checkpoint is due: after so many steps, or so many minutes after the last one.
+
+    Args:
+        steps: Steps between two of them; None for the minutes alone.
+        minutes: Minutes between two of them; None for the steps alone.
+
+    Raises:
+        ValueError: If `minutes` is not positive.
+    """
+
+    def __init__(self, steps: int | None, minutes: float | None) -> None:
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"checkpoint_minutes must be positive, got {minutes}")
+        self._steps, self._seconds = steps, None if minutes is None else 60.0 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now."""
+        self._saved = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether it is, after this step."""
+        if self._steps is not None and step % self._steps == 0:
+            return True
+        return self._seconds is not None and time.monotonic() - self._saved >= self._seconds
+
+
 def check_folder(folder: str | Path) -> None:
     """ValueError if `folder` holds anything but an agent, which a new one may replace."""
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_agent(folder))):
         raise ValueError(f"{folder} exists and is no saved agent: choose another folder")
+
+
+def clear_rests(folder: str | Path) -> None:
+    """Undo what a kill within `write_checkpoint` has left beside `folder`."""
+    folder = Path(folder)
+    for rest in folder.parent.glob(f".{folder.name}.*"):
+        if rest.suffix == ".old" and not folder.exists():  # moved aside, and its successor not yet in its place
+            rest.replace(folder)
+        else:
+            shutil.rmtree(rest)
 
 
 def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
@@ -86,11 +124,13 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     for name in (_WEIGHTS, _TRAINING):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is damaged: {name} is missing")
+    path = folder / _WEIGHTS
     try:
-        weights = load_file(folder / _WEIGHTS)
-        training = torch.load(folder / _TRAINING, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}") from error
+        weights = load_file(path)
+        path = folder / _TRAINING
+        training = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers fail on junk in many ways
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split()):.200})") from error
     return Checkpoint(description, weights, training)
 
 

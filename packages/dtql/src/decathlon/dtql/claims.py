@@ -82,7 +82,7 @@ class _Fork:
         if isinstance(returns, str):
             return self._claim(claim, returns)
         ours, theirs = map(seeds_by_episodes, returns)
-        measured = f"return {_show(ours)} against {_show(theirs)}"
+        measured = f"return {_show(ours)} against {_show(theirs)}, over {_count(returns)}"
         return self._claim(claim, measured, ours, ours.low > theirs.high)
 
     def _needs_trust_region(self) -> Claim:
@@ -91,7 +91,7 @@ class _Fork:
         if isinstance(successes, str):
             return self._claim(claim, successes)
         without, whole = map(seeds_by_episodes, successes)
-        measured = f"success {_show(without)} without, {_show(whole)} with it"
+        measured = f"success {_show(without)} without, {_show(whole)} with it, over {_count(successes)}"
         shown = without.high < UNFINISHED_SUCCESS and without.high < whole.low
         return self._claim(claim, measured, without, shown)
 
@@ -101,7 +101,7 @@ class _Fork:
         if isinstance(returns, str):
             return self._claim(claim, returns)
         ours, theirs = (float(np.median(values.mean(axis=1))) for values in returns)
-        measured = f"medians {ours:.4g} and {theirs:.4g} over {len(returns[0])} and {len(returns[1])} seeds"
+        measured = f"medians {ours:.4g} and {theirs:.4g}, over {_count(returns)}"
         return self._claim(claim, measured, (ours - theirs, None, None), ours - theirs >= -RETURN_MARGIN)
 
     def _finishes(self) -> Claim:
@@ -110,7 +110,8 @@ class _Fork:
         if isinstance(successes, str):
             return self._claim(claim, successes)
         interval = seeds_by_episodes(successes[0])
-        return self._claim(claim, f"success {_show(interval)}", interval, interval.low >= LONG_SUCCESS)
+        measured = f"success {_show(interval)}, over {_count(successes)}"
+        return self._claim(claim, measured, interval, interval.low >= LONG_SUCCESS)
 
     def _success_beside(self, rival: str) -> Claim:
         claim = f"mean success of DTQL at most {LONG_MARGIN:g} below that of tuned {LABELS[rival]}"
@@ -118,7 +119,7 @@ class _Fork:
         if isinstance(successes, str):
             return self._claim(claim, successes)
         ours, theirs = (float(values.mean()) for values in successes)
-        measured = f"success {ours:.4g} and {theirs:.4g}"
+        measured = f"success {ours:.4g} and {theirs:.4g}, over {_count(successes)}"
         return self._claim(claim, measured, (ours - theirs, None, None), ours - theirs >= -LONG_MARGIN)
 
     def _values(self, key: str, *methods: str) -> list[NDArray[np.float64]] | str:
@@ -170,6 +171,11 @@ def _panel(recipe: Recipe, results: Results, like: Cell, claim: str, holds: Call
     if like.method == "dtql":
         measured += f", share of the best reward {_list(found, 'reward_share')}"
     return Claim("dtql", where, claim, _PAPER_PICTURE, measured, support, None, None, all(verdicts))
+
+
+def _count(found: Sequence[NDArray[np.float64]]) -> str:
+    """Numbers of seeds, (seeds, episodes) for each method."""
+    return " and ".join(str(len(values)) for values in found) + " seeds"
 
 
 def _list(found: Sequence[Mapping[str, float]], name: str) -> str:

@@ -8,9 +8,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -18,138 +17,36 @@ from tabulate import tabulate
 
 from decathlon.dtql import experiment, training
 from decathlon.dtql.agent import DTQL
-from decathlon.dtql.bandit import BanditResult, run_bandit
+from decathlon.dtql.bandit import BanditResult, check_bandit, run_bandit
 from decathlon.dtql.bandit_figure import bandit_caption, draw_bandits
 from decathlon.dtql.base import OfflineAgent
 from decathlon.dtql.baselines import load_agent
-from decathlon.dtql.collect import collect_dataset
-from decathlon.dtql.config import DTQLConfig, Selection
+from decathlon.dtql.collect import record_steps
+from decathlon.dtql.config import DTQLConfig
 from decathlon.dtql.d4rl import D4RL_REGISTRY, d4rl_environment
-from decathlon.dtql.environments import FORK_ID, make_env
+from decathlon.dtql.environments import FORK_ID, check_fit, make_env, make_vec_env
 from decathlon.dtql.evaluate import evaluate as run_episodes
 from decathlon.dtql.evaluate import record_video
 from decathlon.dtql.experiment import ReproduceConfig
 from decathlon.dtql.export import export_policy
 from decathlon.dtql.official import write_official
-from decathlon.dtql.settings import TrainConfig
+from decathlon.dtql.options import (
+    BanditConfig,
+    CollectConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ExportOfficialConfig,
+    ListEnvsConfig,
+)
+from decathlon.dtql.settings import TrainConfig, default_episodes
 from decathlon.dtql.sources import write_npz
 from decathlon.dtql.spaces import check_action_space
 from decathlon.shared.config import run_cli
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
+from decathlon.shared.interruption import terminating_as_interrupting
 from decathlon.shared.plots import save_figure
 from decathlon.shared.progress import progress
-
-
-@dataclass
-class EvaluateConfig:
-    """Options of `evaluate`."""
-
-    model: str
-    """Folder of an agent, or of a seed that `train` wrote."""
-    env: str
-    """Environment id, or a D4RL name, which runs in the simulator that stands for it."""
-    episodes: int = 10
-    """Number of episodes (the paper: 10 for locomotion, else 100)."""
-    seed: int = 100
-    """Seed of the environments."""
-    num_envs: int | None = None
-    """Environments side by side; at most 10 if not given."""
-    deterministic: bool = False
-    """Act by the mean of the policy: one network call, no candidates."""
-    num_candidates: int | None = None
-    """Actions drawn for each state, instead of the agent's own number (the paper: 1024)."""
-    selection: Selection | None = None
-    """How one of them is selected, instead of the agent's own way (the paper: softmax)."""
-    device: str = "cpu"
-    """Such as cpu or cuda:0."""
-    record_video: str | None = None
-    """Folder for a film (MP4) of the first episode."""
-    output: str | None = None
-    """JSON file for the figures too, if given."""
-
-
-@dataclass
-class BanditConfig:
-    """Options of `bandit`."""
-
-    data: Literal["25_gaussian", "swiss_roll_2D"] = "25_gaussian"
-    """Actions in the plane: a grid of clusters, or a spiral."""
-    reward: list[Literal["far", "near", "hard", "same"]] = field(default_factory=lambda: ["far"])
-    """far: |a|; near: largest |a| minus |a|; hard: |a|, doubled in the top-left cluster; same: 0. One or several."""
-    method: list[Literal["dtql", "kl"]] = field(default_factory=lambda: ["dtql"])
-    """The trust region, its rival by a KL divergence, or both."""
-    steps: int | None = None
-    """Training steps (2500 far, 2000 hard, 1500 near; the paper: 3500)."""
-    eta: float | None = None
-    """Weight of the value (1, hard 0.5; the paper: 1)."""
-    n_starts: int = 16
-    """Policies that start side by side; the one of the lowest loss is reported (the paper: 1)."""
-    init_log_std: float = -2.0
-    """Their log standard deviation at the start (the paper: 0)."""
-    entropy_weight: float = 0.0
-    """Weight of the likelihood of the data (the paper: 0, and 0.005 in a second set)."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds, one run each; the figure shows the first."""
-    output: str = "runs/dtql/bandit"
-    """Folder for the figure (bandit.png, bandit.svg) and the samples (samples.npz)."""
-
-
-@dataclass
-class CollectConfig:
-    """Options of `collect`."""
-
-    env: str
-    """Environment id, or a D4RL name."""
-    output: str | None = None
-    """File to write: .hdf5 in D4RL's layout, or .npz."""
-    minari: str | None = None
-    """Id of a local Minari set to write instead, such as fork/random-v0."""
-    policy: list[str] = field(default_factory=lambda: ["random"])
-    """"random", or the folder of an agent; several act for equal shares of the steps."""
-    steps: int = 10_000
-    """Number of transitions to record."""
-    num_envs: int = 8
-    """Environments side by side."""
-    seed: int = 0
-    """Seed of environments and random actions."""
-    deterministic: bool = False
-    """Agents act by the mean of their policy."""
-
-
-@dataclass
-class ExportOfficialConfig:
-    """Options of `export-official`."""
-
-    model: str
-    """Folder of a DTQL agent, or of a seed that `train` wrote."""
-    output: str
-    """Folder for bc_actor.pth, critic.pth, distill_actor.pth and critic_target.pth."""
-    id: int | None = None
-    """Number in the names of the files, as in bc_actor_50.pth."""
-
-
-@dataclass
-class ExportConfig:
-    """Options of `export`."""
-
-    model: str
-    """Folder of an agent, or of a seed that `train` wrote."""
-    output: str = "policy.pt2"
-    """File for the policy; torch alone can run it."""
-    env: str | None = None
-    """Environment whose bounds the actions shall have; [-1, 1] if not given."""
-
-
-@dataclass
-class ListEnvsConfig:
-    """Options of `list-envs`."""
-
-    match: str = ""
-    """Only names that contain this."""
-    paper: bool = False
-    """Only sets that the paper has settings for."""
-
 
 # ------------------------------------------------------------------------------------------------------------ agents
 
@@ -164,7 +61,8 @@ def train(config: TrainConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Run an agent in an environment: returns with standard errors, normalised scores, films."""
-    output = None if config.output is None else _file_target(config.output)
+    output = None if config.output is None else _file_target(config.output, config.overwrite)
+    episodes = default_episodes(config.env) if config.episodes is None else config.episodes
     with _user_errors():
         agent = _load(config.model, training.find_device(config.device))
         for name in ("num_candidates", "selection"):
@@ -173,8 +71,10 @@ def evaluate(config: EvaluateConfig) -> None:
                     raise UserError(f"{name}: a {type(agent).__name__} draws no candidates")
                 setattr(agent.config, name, getattr(config, name))
         agent.config.__post_init__()  # checks them
+        _check_fit(config.env, agent, config.model)
         options: dict[str, Any] = {"seed": config.seed, "deterministic": config.deterministic}
-        result = run_episodes(agent, config.env, episodes=config.episodes, num_envs=config.num_envs, **options)
+        lengths: dict[str, Any] = {"episodes": episodes, "num_envs": config.num_envs}
+        result = run_episodes(agent, config.env, **lengths, **options, progress_bar=True)
     figures = {
         "return": result.mean,
         "standard error": result.stderr,
@@ -184,10 +84,10 @@ def evaluate(config: EvaluateConfig) -> None:
     }
     rows = {name: figure for name, figure in figures.items() if figure is not None and not np.isnan(figure)}
     if output is not None:
-        episodes = {"returns": result.returns.tolist(), "lengths": result.lengths.tolist()}
+        each = {"returns": result.returns.tolist(), "lengths": result.lengths.tolist()}
         with atomic_path(output) as path:
-            path.write_text(json.dumps({**rows, **episodes}, indent=2) + "\n", encoding="utf-8")
-    print(tabulate(rows.items(), [config.env, f"{config.episodes} episodes"], floatfmt=".4g"))
+            path.write_text(json.dumps({**rows, **each}, indent=2) + "\n", encoding="utf-8")
+    print(tabulate(rows.items(), [config.env, f"{episodes} episodes"], floatfmt=".4g"))
     print("\n".join(["", f"acting: {_acting(agent, config.deterministic)}", *filter(None, [result.note])]))
     if config.record_video is not None:  # last: where nothing can be drawn, the figures are there all the same
         with _user_errors():
@@ -201,11 +101,12 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def export(config: ExportConfig) -> None:
     """Write the deterministic policy of an agent as one file that torch alone can run."""
-    output = _file_target(config.output)
+    output = _file_target(config.output, config.overwrite)
     with _user_errors():
         agent = _load(config.model)
         bounds = {}
         if config.env is not None:
+            _check_fit(config.env, agent, config.model)
             with make_env(config.env) as env:
                 box = check_action_space(env.action_space)
             bounds = {"low": box.low.ravel(), "high": box.high.ravel()}
@@ -225,7 +126,15 @@ def export_official(config: ExportOfficialConfig) -> None:
 
 def _load(folder: str, device: str = "cpu") -> OfflineAgent[Any]:
     inner = Path(folder) / training.AGENT_FOLDER
+    if seeds := sorted(str(agent.parent) for agent in Path(folder).glob(f"seed-*/{training.AGENT_FOLDER}")):
+        raise UserError(f"{folder} is a run of {len(seeds)} seeds: give the folder of one, such as {seeds[0]}")
     return load_agent(inner if inner.is_dir() else folder, device)
+
+
+def _check_fit(env_id: str, agent: OfflineAgent[Any], folder: str) -> None:
+    env = make_vec_env(env_id, 1)
+    env.close()
+    check_fit(env, env_id, f"the agent in {folder} has", (agent.obs_dim, agent.action_dim))
 
 
 def _acting(agent: OfflineAgent[Any], deterministic: bool) -> str:
@@ -242,12 +151,13 @@ def collect(config: CollectConfig) -> None:
     """Record random actions or agents in any environment, as a data set to train on."""
     if (config.output is None) == (config.minari is None):
         raise UserError("give one of --output (.hdf5 or .npz) and --minari")
-    output = None if config.output is None else _file_target(config.output)
+    output = None if config.output is None else _file_target(config.output, config.overwrite)
     if output is not None and output.suffix not in (".hdf5", ".npz"):
         raise UserError(f"output {output}: give a name that ends in .hdf5 or .npz")
     with _user_errors():
-        policies = [None if name == "random" else _policy(name, config.deterministic) for name in config.policy]
-        dataset = collect_dataset(config.env, policies, config.steps, config.seed, config.num_envs)
+        policies = [None if name == "random" else _policy(name, config) for name in config.policy]
+        record = record_steps(config.env, policies, config.steps, config.seed, config.num_envs)
+        dataset = record.dataset
         if config.minari is not None:
             dataset.to_minari(config.minari, None if config.env in D4RL_REGISTRY else config.env)
         elif output is not None and output.suffix == ".npz":
@@ -255,14 +165,18 @@ def collect(config: CollectConfig) -> None:
         elif output is not None:
             dataset.to_d4rl_hdf5(output, {"env": config.env, "policy": " ".join(config.policy), "seed": config.seed})
     facts = dataset.describe()
-    names = ("transitions", "episodes", "observation_dim", "action_dim", "length_mean", "return_mean")
-    print(tabulate([[name, facts[name]] for name in names], floatfmt=".4g"))
-    print(f"wrote {output or config.minari}")
+    rows = [[name, facts[name]] for name in ("transitions", "episodes", "observation_dim", "action_dim")]
+    if (whole := record.whole_episodes()) is not None:
+        facts = whole.describe()
+        rows += [[f"{name}, whole episodes", facts[name]] for name in ("length_mean", "return_mean")]
+    print(tabulate(rows, floatfmt=".4g"))
+    print(f"wrote {output or config.minari}; {record.cut.sum()} episodes are cut where the record stops")
 
 
-def _policy(folder: str, deterministic: bool) -> Callable[[Any], Any]:
+def _policy(folder: str, config: CollectConfig) -> Callable[[Any], Any]:
     agent = _load(folder)
-    return lambda obs: agent.predict(obs, deterministic=deterministic)[0] / agent.config.max_action
+    _check_fit(config.env, agent, folder)
+    return lambda obs: agent.predict(obs, deterministic=config.deterministic)[0] / agent.config.max_action
 
 
 def list_envs(config: ListEnvsConfig) -> None:
@@ -294,11 +208,15 @@ def bandit(config: BanditConfig) -> None:
     """Learn policies for the paper's 2-D bandits, draw them, and say whether they stay in the data's support."""
     folder = Path(config.output)
     training.check_output(folder, "samples.npz")
-    names = ("data", "steps", "eta", "entropy_weight", "n_starts", "init_log_std")
+    names = ("data", "steps", "eta", "entropy_weight", "n_starts")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
     results: dict[str, BanditResult] = {}
+    runs = list(itertools.product(config.method, config.reward, config.seeds))
     with _user_errors():
-        for method, reward, seed in itertools.product(config.method, config.reward, config.seeds):
+        for method, reward, seed in runs:  # all of them, before the first one runs
+            check_bandit(method=method, reward=reward, seed=seed, **options)
+        options["init_log_std"] = config.init_log_std
+        for method, reward, seed in runs:
             name = f"{method}-{reward}-{seed}"
             with progress(desc=name, unit="step") as bar:
                 run = run_bandit(method=method, reward=reward, seed=seed, callback=bar.update, **options)
@@ -344,15 +262,18 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _file_target(path: str) -> Path:
+def _file_target(path: str, overwrite: bool) -> Path:
     output = Path(path)
     if output.is_dir():
         raise UserError(f"output {output} is a folder; name a file")
+    if output.exists() and not overwrite:
+        raise UserError(f"output {output} exists: give --overwrite to replace it, or another name")
     return output
 
 
+@terminating_as_interrupting()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run the command line; returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C or SIGTERM."""
     return run_cli(
         "decathlon-dtql",
         "Diffusion Trusted Q-Learning: offline reinforcement learning for continuous actions.",

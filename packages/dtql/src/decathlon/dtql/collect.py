@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
+from decathlon.dtql.checks import check_integer
 from decathlon.dtql.data import OfflineDataset
 from decathlon.dtql.environments import FORK_ID, AgentVectorEnv, make_vec_env
 
@@ -36,23 +37,56 @@ def collect_dataset(
         num_envs: Environments side by side.
 
     Raises:
-        ValueError: If `n_steps` or `num_envs` is too small.
+        ValueError: If `n_steps`, `num_envs` or `seed` is too small, or a policy gives actions of another shape, NaN or
+            infinity.
+        TypeError: If a policy is no function, or a number no integer.
     """
-    policies: list[Policy | None] = list(policy) if isinstance(policy, Sequence) else [policy]
-    if num_envs < 1 or not policies or n_steps < len(policies):
-        raise ValueError(
-            f"n_steps {n_steps} for {len(policies)} policies and num_envs {num_envs}: at least one of each is needed"
-        )
+    return record_steps(env_id, policy, n_steps, seed, num_envs).dataset
+
+
+class Record(NamedTuple):
+    """What was collected.
+
+    Attributes:
+        dataset: The transitions.
+        cut: (N,), true where the record stops within an episode because it has all its steps.
+    """
+
+    dataset: OfflineDataset
+    cut: NDArray[np.bool_]
+
+    def whole_episodes(self) -> OfflineDataset | None:
+        """The episodes that were not cut; None if there are none."""
+        ends = self.dataset.episode_ends()
+        rows = np.repeat(~self.cut[ends], np.diff(ends, prepend=-1))
+        return self.dataset.select(rows) if rows.any() else None
+
+
+def record_steps(
+    env_id: str, policy: Policy | Sequence[Policy | None] | None, n_steps: int, seed: int = 0, num_envs: int = 8
+) -> Record:
+    """As `collect_dataset`, and where the record stops within an episode."""
+    policies = list(policy) if isinstance(policy, Sequence) and not isinstance(policy, str) else [policy]
+    for name, number, least in (("n_steps", n_steps, 1), ("num_envs", num_envs, 1), ("seed", seed, 0)):
+        check_integer(name, number, least)
+    if not policies or n_steps < len(policies):
+        raise ValueError(f"n_steps {n_steps} for {len(policies)} policies: each needs one at least")
+    for each in policies:
+        if each is not None and not callable(each):
+            raise TypeError(
+                f"a policy must be a function of observations (n, S), or None, got {each!r:.80}: for an agent give "
+                "lambda obs: agent.predict(obs)[0] / agent.config.max_action"
+            )
     parts = []
     for index, steps in enumerate(_shares(n_steps, len(policies))):
         env = make_vec_env(env_id, min(num_envs, int(steps)))
         try:
-            act = policies[index] or _random_policy(env, np.random.default_rng((seed, index)))
+            act: Policy = policies[index] or _random_policy(env, np.random.default_rng((seed, index)))
             # seeds of neighbouring environments are consecutive, so the policies' lie apart
             parts.append(_record(env, act, seed + index * num_envs, steps=_shares(steps, env.num_envs)))
         finally:
             env.close()
-    return _joined(parts)
+    return Record(_joined([part.dataset for part in parts]), np.concatenate([part.cut for part in parts]))
 
 
 def _shares(total: int, parts: int) -> NDArray[np.int64]:
@@ -65,7 +99,7 @@ def _random_policy(env: AgentVectorEnv, rng: np.random.Generator) -> Policy:
 
 def _record(
     env: AgentVectorEnv, policy: Policy, seed: int, *, steps: NDArray | None = None, episodes: int | None = None
-) -> OfflineDataset:
+) -> Record:
     """The first steps (n,) of each environment, or its first episodes; environment by environment."""
     if env.autoreset_mode is not AutoresetMode.NEXT_STEP:
         raise ValueError(f"{env}: data are collected with autoreset mode NEXT_STEP only")
@@ -88,16 +122,15 @@ def _record(
     kept, *columns = (np.stack(column, axis=1) for column in zip(*rows, strict=True))  # (n, steps, ...)
     obs, act, reward, next_obs, terminal, timeout = (column[kept] for column in columns)
     last = np.cumsum(kept.sum(axis=1)) - 1
-    timeout[last] |= ~terminal[last]
-    return OfflineDataset(obs, act, reward.astype(np.float32), next_obs, terminal, timeout)
+    cut = np.zeros(len(terminal), bool)
+    cut[last] = ~(terminal | timeout)[last]
+    return Record(OfflineDataset(obs, act, reward.astype(np.float32), next_obs, terminal, timeout | cut), cut)
 
 
 def _one_episode_each(env_id: str, policy: Policy, episodes: int, seed: int) -> OfflineDataset:
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
     env = make_vec_env(env_id, episodes)
     try:
-        return _record(env, policy, seed, episodes=1)
+        return _record(env, policy, seed, episodes=1).dataset
     finally:
         env.close()
 
@@ -145,6 +178,8 @@ def fork_dataset(kind: Literal["narrow", "wide"] = "narrow", episodes: int = 100
     """
     if kind not in ("narrow", "wide"):
         raise ValueError(f"unknown kind {kind!r} of Fork data; give narrow or wide")
+    check_integer("episodes", episodes, 1)
+    check_integer("seed", seed, 0)
     rng = np.random.default_rng(seed)
     noise = rng.choice([0.02, 0.05, 0.1] if kind == "narrow" else [0.1, 0.3, 0.6], episodes)
     side = rng.choice([1.0, -1.0, 0.0] if kind == "narrow" else [1.0, -1.0], episodes)
@@ -181,6 +216,8 @@ def pendulum_dataset(episodes: int = 300, seed: int = 0, reward_scale: float = 0
         seed: Of everything.
         reward_scale: Factor of the rewards.
     """
+    check_integer("episodes", episodes, 1)
+    check_integer("seed", seed, 0)
     rng = np.random.default_rng(seed)
     share = np.array([0.0, 0.3, 0.6])[np.arange(episodes) % 3]
     torque, guided, step = np.zeros((episodes, 1)), np.zeros(episodes, bool), 0

@@ -9,6 +9,8 @@ import difflib
 import hashlib
 import json
 import os
+import socket
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib.resources import files
@@ -43,7 +45,7 @@ class _Registry(Mapping[str, D4RLEntry]):
 
     def __getitem__(self, name: str) -> D4RLEntry:
         if name not in self._entries:
-            raise KeyError(f"unknown D4RL name {name!r}; {_closest(name, self._entries)}")
+            raise KeyError(f"unknown D4RL name {name!r}; {closest(name, self._entries)}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -80,12 +82,13 @@ def normalized_score(name: str, returns: ArrayLike) -> float | NDArray[np.float6
     low, high = entry["ref_min"], entry["ref_max"]
     if low is None or high is None:
         scored = [other for other, e in D4RL_REGISTRY.items() if e["ref_min"] is not None and e["ref_max"] is not None]
-        raise KeyError(f"D4RL gives no reference score for {name!r}; {_closest(name, scored)}")
+        raise KeyError(f"D4RL gives no reference score for {name!r}; {closest(name, scored)}")
     scores = 100.0 * (np.asarray(returns, np.float64) - low) / (high - low)
     return float(scores) if scores.ndim == 0 else scores
 
 
-def _closest(name: str, names: Iterable[str]) -> str:
+def closest(name: str, names: Iterable[str]) -> str:
+    """Three of the names, as the end of a message."""
     return "the closest are " + ", ".join(difflib.get_close_matches(str(name), list(names), n=3, cutoff=0.0))
 
 
@@ -106,8 +109,8 @@ def d4rl_environment(name: str) -> tuple[str, dict[str, Any]]:
     """The gymnasium environment in which an agent trained on a D4RL data set is run, with its keyword arguments.
 
     Locomotion is `-v4`, which keeps the rewards of the `-v2` environments that D4RL recorded (`-v5` does not).
-    AntMaze and Kitchen of gymnasium-robotics lay their observations out otherwise than D4RL's files do: they fit
-    agents that were trained on the Minari sets of the same environments.
+    AntMaze and Kitchen of gymnasium-robotics are other tasks than those of D4RL's files (see `other_than_d4rl`): they
+    fit agents that were trained on the Minari sets of the same environments.
 
     Raises:
         KeyError: If the name is unknown.
@@ -124,6 +127,21 @@ def d4rl_environment(name: str) -> tuple[str, dict[str, Any]]:
     if family == "kitchen":
         return "FrankaKitchen-v1", {"tasks_to_complete": _KITCHEN[rest.split("-")[0]]}
     raise ValueError(f"no gymnasium environment is known for the D4RL name {name!r}; give an environment id")
+
+
+def other_than_d4rl(env_id: str) -> str | None:
+    """Why an agent of D4RL's files cannot act in the environment of gymnasium-robotics; None where it can."""
+    if env_id.startswith("AntMaze"):
+        return (
+            "the AntMaze of gymnasium-robotics is not D4RL's: it adds a goal to the observation, its mazes are "
+            "mirrored and its ant has five times the torque, so agents of D4RL's files cannot be scored in it"
+        )
+    if env_id.startswith("FrankaKitchen"):
+        return (
+            "the Kitchen of gymnasium-robotics is not D4RL's: it observes velocities and goals apart, where D4RL has "
+            "positions and the goal, so agents of D4RL's files cannot be scored in it"
+        )
+    return None
 
 
 def score_name(env_id: str) -> str | None:
@@ -197,9 +215,9 @@ def _download(url: str, path: Path) -> None:
         # whatever the transport raises (requests is imported by pooch alone) means the same to the user
         pooch.retrieve(url, known_hash=None, fname=path.name, path=path.parent, progressbar=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FileNotFoundError(
-            f"{path}: not there, and {url} cannot be downloaded ({reason}); fetch it elsewhere and put it there"
+            f"{path}: not there, and {url} cannot be downloaded ({one_line(error)}); "
+            "fetch it elsewhere and put it there"
         ) from error
 
 
@@ -213,11 +231,17 @@ def _check_whole(path: Path, mend: str) -> None:
         with h5py.File(path, "r"):
             pass
     except OSError as error:
-        raise OSError(f"{path}: cut short or no HDF5 file ({_first_line(error)}); {mend}") from error
+        raise OSError(f"{path}: cut short or no HDF5 file ({one_line(error)}); {mend}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+    """What went wrong: of an error of the network its cause, which libraries wrap in several of their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, socket.gaierror | ConnectionError | TimeoutError):
+            return cause.strerror or str(cause) or type(cause).__name__
+        cause = cause.__cause__ or cause.__context__
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------ HDF5
@@ -233,7 +257,7 @@ def read_d4rl_hdf5(path: str | os.PathLike[str]) -> dict[str, NDArray]:
     Raises:
         FileNotFoundError: If there is no such file.
         OSError: If it is cut short or no HDF5 file.
-        ValueError: If an array is missing.
+        ValueError: If an array is missing, or `terminals` or `timeouts` hold no flags.
     """
     path = Path(path)
     if not path.is_file():
@@ -248,11 +272,14 @@ def read_d4rl_hdf5(path: str | os.PathLike[str]) -> dict[str, NDArray]:
         try:
             raw = {key: np.asarray(file[key][()]) for key in keys}
         except OSError as error:
-            raise OSError(f"{path}: cannot be read to its end ({_first_line(error)}); {mend}") from error
+            raise OSError(f"{path}: cannot be read to its end ({one_line(error)}); {mend}") from error
     raw["rewards"] = raw["rewards"].reshape(-1)
     for key in ("terminals", "timeouts"):
         if key in raw:
-            raw[key] = raw[key].reshape(-1).astype(bool)
+            flags = raw[key].reshape(-1)
+            if not np.isin(flags, (0, 1)).all():
+                raise ValueError(f"{path}: {key} hold numbers other than 0 and 1; give flags")
+            raw[key] = flags.astype(bool)
     return raw
 
 

@@ -72,6 +72,7 @@ class OfflineDataset:
         Raises:
             ValueError: If lengths or shapes disagree, a number is not finite, an action is out of bounds, there are
                 fewer than two rows, or neither `timeouts` nor `max_episode_steps` tells the episodes apart.
+            TypeError: If an array is not of numbers.
         """
         if terminals is None:
             raise ValueError("terminals is missing: give (N,) flags, true where an episode truly ended")
@@ -108,8 +109,8 @@ class OfflineDataset:
         try:
             arrays = checked_arrays(read_d4rl_hdf5(path), max_action)
             return cls._from_steps(arrays, terminate_on_end=terminate_on_end, max_episode_steps=max_episode_steps)
-        except ValueError as error:
-            raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise error if str(error).startswith(str(path)) else type(error)(f"{path}: {error}") from error
 
     @classmethod
     def from_d4rl(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import gymnasium as gym
@@ -13,7 +14,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from decathlon.dtql.d4rl import D4RL_REGISTRY, d4rl_environment
+from decathlon.dtql.checks import sizes_differ
+from decathlon.dtql.d4rl import D4RL_REGISTRY, closest, d4rl_environment, other_than_d4rl
 from decathlon.dtql.spaces import check_action_space, check_observation_space, flatten_batch, to_box
 
 Floats = NDArray[np.float64]
@@ -214,9 +216,29 @@ class AgentVectorEnv(VectorWrapper):
         return flatten_batch(self._observed, observations), infos
 
     def step(self, actions: NDArray) -> tuple[NDArray[np.float32], NDArray, NDArray, NDArray, dict[str, Any]]:
-        """Act with (n, A) in [-1, 1]."""
+        """Act with (n, A) in [-1, 1]; ValueError for actions of another shape, and for NaN and infinity."""
+        if np.shape(actions) != self.action_space.shape:
+            raise ValueError(f"the actions must have shape {self.action_space.shape}, got {np.shape(actions)}")
+        if not np.isfinite(actions).all():
+            raise ValueError("the actions hold NaN or infinity")
         observations, rewards, terminated, truncated, infos = self.env.step(to_box(self._box, actions))
         return flatten_batch(self._observed, observations), rewards, terminated, truncated, infos
+
+
+def check_fit(env: AgentVectorEnv, name: str, whose: str, sizes: tuple[int, int]) -> None:
+    """ValueError if an environment has other numbers of observation features and actions, with both.
+
+    Args:
+        env: The environment.
+        name: Its id, or the name of a D4RL set.
+        whose: What it shall fit, such as "the agent has".
+        sizes: Observation features and actions of that.
+    """
+    env_id, _ = resolve(name)
+    shown = name if env_id == name else f"{name} ({env_id})"
+    own = gym.spaces.flatdim(env.single_observation_space), gym.spaces.flatdim(env.single_action_space)
+    if differ := sizes_differ(f"{shown} has", own, whose, sizes):
+        raise ValueError("; ".join(filter(None, (differ, other_than_d4rl(env_id)))))
 
 
 def resolve(name: str) -> tuple[str, dict[str, Any]]:
@@ -237,6 +259,7 @@ def make_vec_env(env_id: str, num_envs: int, **options: Any) -> AgentVectorEnv:
 
     Raises:
         ImportError: If the environment is of a package that is not installed, with the line that installs it.
+        gymnasium.error.NameNotFound: If there is none of this id, with the closest names.
         TypeError, ValueError: As `AgentVectorEnv`.
     """
     name, defaults = resolve(env_id)
@@ -277,6 +300,15 @@ def _helpful(name: str) -> Iterator[None]:
             gym.register_envs(gymnasium_robotics)
         try:
             yield
+        except (gym.error.NameNotFound, gym.error.NamespaceNotFound) as error:
+            known = [*D4RL_REGISTRY, *gym.registry]
+            raise type(error)(f"there is no environment {name!r}; {closest(name, known)}") from error
         except gym.error.DependencyNotInstalled as error:
-            reason = " ".join(str(error).split())
-            raise ImportError(f'{name}: {reason}; or pip install "decathlon-dtql[mujoco]"') from error
+            reason = " ".join(str(error).split())  # gymnasium names an extra of its own
+            ours = '; or pip install "decathlon-dtql[mujoco]"' if "mujoco" in reason.lower() else ""
+            raise ImportError(f"{name}: {reason}{ours}") from error
+        except AssertionError as error:
+            if not name.startswith("FrankaKitchen"):
+                raise
+            versions = " and ".join(f"{module} {version(module)}" for module in ("gymnasium-robotics", "mujoco"))
+            raise ImportError(f'{name} does not start with {versions}: pip install "mujoco==3.6.0"') from error

@@ -13,9 +13,11 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
+from decathlon.dtql.checks import check_integer
 from decathlon.dtql.d4rl import D4RL_REGISTRY, normalized_score, score_name
-from decathlon.dtql.environments import AgentVectorEnv, make_env, make_vec_env
+from decathlon.dtql.environments import AgentVectorEnv, check_fit, make_env, make_vec_env
 from decathlon.dtql.spaces import check_action_space, check_observation_space, flatten_batch, to_box
+from decathlon.shared.progress import progress
 
 DEFAULT_NUM_ENVS = 10
 """Environments side by side unless told otherwise; those that step as one array run all episodes side by side."""
@@ -70,6 +72,7 @@ def evaluate(
     seed: int = 0,
     num_envs: int | None = None,
     deterministic: bool = False,
+    progress_bar: bool = False,
 ) -> EvalResult:
     """Run an agent for whole episodes in environments side by side, one `predict` for each step of them all.
 
@@ -84,26 +87,36 @@ def evaluate(
         seed: Seed of the environments; the agent keeps its own randomness.
         num_envs: Environments side by side; None is at most 10, or all episodes where the environment is vectorised.
         deterministic: Handed on to `predict`.
+        progress_bar: Show a bar on stderr, if it takes more than three seconds.
 
     Raises:
-        ValueError: If `episodes` or `num_envs` is below one, or the action space is unbounded or observations images.
-        TypeError: If the action space is not continuous.
+        ValueError: If `episodes` or `num_envs` is below one or `seed` below zero, the sizes of the agent are others,
+            the action space is unbounded, or observations are images.
+        TypeError: If the action space is not continuous, `env` is no vector environment, or the agent cannot predict.
         ImportError: If the environment is of a package that is not installed.
+        gymnasium.error.NameNotFound: If there is none of this id, with the closest names.
     """
-    if episodes < 1 or (num_envs is not None and num_envs < 1):
-        raise ValueError(f"episodes and num_envs must be at least 1, got {episodes} and {num_envs}")
+    for argument, number, least in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0)):
+        if number is not None:
+            check_integer(argument, number, least)
+    if not callable(getattr(agent, "predict", None)):
+        raise TypeError(f"agent must have a method predict, got {type(agent).__name__}")
+    if not isinstance(env, str | VectorEnv):
+        raise TypeError(
+            f"env must be an environment id or a vector environment, got {type(env).__name__}: give the id of a plain "
+            "environment, or SyncVectorEnv([lambda: env]) of gymnasium.vector"
+        )
     if isinstance(env, str):
         count = min(episodes, num_envs or (episodes if _steps_as_one(env) else DEFAULT_NUM_ENVS))
         vector = make_vec_env(env, count)
         try:
-            outcome = _run(agent, vector, episodes, seed, deterministic)
+            outcome = _run(agent, vector, env, episodes, seed, deterministic, progress_bar)
         finally:
             vector.close()
         name = env
     else:
-        vector = AgentVectorEnv(env)
-        outcome = _run(agent, vector, episodes, seed, deterministic)
         name = env.spec.id if env.spec is not None else ""
+        outcome = _run(agent, AgentVectorEnv(env), name, episodes, seed, deterministic, progress_bar)
     returns, lengths, successes = outcome
     reference = name if name in D4RL_REGISTRY else score_name(name)
     mean = float(returns.mean())
@@ -131,8 +144,10 @@ def _score(name: str, mean: float) -> float | None:
 
 
 def _run(
-    agent: Agent, env: AgentVectorEnv, episodes: int, seed: int, deterministic: bool
+    agent: Agent, env: AgentVectorEnv, name: str, episodes: int, seed: int, deterministic: bool, progress_bar: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_] | None]:
+    if hasattr(agent, "obs_dim") and hasattr(agent, "action_dim"):
+        check_fit(env, name or "the environment", "the agent has", (agent.obs_dim, agent.action_dim))
     n, mode = env.num_envs, env.autoreset_mode
     quota = episodes // n + (np.arange(n) < episodes % n)
     counted = np.zeros(n, np.int64)
@@ -142,25 +157,29 @@ def _run(
     records: list[tuple[NDArray, ...]] = []
     bound = _bound(agent)
 
+    limit = None if env.spec is None else env.spec.max_episode_steps
+    most = None if limit is None else episodes * limit
     observations, _ = env.reset(seed=seed)
-    while (counted < quota).any():
-        actions, _ = agent.predict(observations, deterministic=deterministic)
-        observations, rewards, terminated, truncated, infos = env.step(np.asarray(actions) / bound)
-        acted = ~fresh
-        over = (terminated | truncated) & acted
-        total += rewards * acted
-        length += acted
-        told = _success(infos, n)
-        if told is not None:
-            tells = True
-            success |= told & acted
-        rows = np.flatnonzero(over & (counted < quota))
-        records.append((rows, counted[rows], total[rows], length[rows], success[rows]))
-        counted[over] += 1
-        total[over], length[over], success[over] = 0.0, 0, False
-        fresh = over if mode is AutoresetMode.NEXT_STEP else np.zeros(n, bool)
-        if mode is AutoresetMode.DISABLED and over.any():
-            observations, _ = env.reset(options={"reset_mask": over})
+    with progress(total=most, desc=name, unit="step", delay=3.0, disable=not progress_bar) as bar:
+        while (counted < quota).any():
+            actions, _ = agent.predict(observations, deterministic=deterministic)
+            observations, rewards, terminated, truncated, infos = env.step(np.asarray(actions) / bound)
+            acted = ~fresh
+            bar.update(int((acted & (counted < quota)).sum()))
+            over = (terminated | truncated) & acted
+            total += rewards * acted
+            length += acted
+            told = _success(infos, n)
+            if told is not None:
+                tells = True
+                success |= told & acted
+            rows = np.flatnonzero(over & (counted < quota))
+            records.append((rows, counted[rows], total[rows], length[rows], success[rows]))
+            counted[over] += 1
+            total[over], length[over], success[over] = 0.0, 0, False
+            fresh = over if mode is AutoresetMode.NEXT_STEP else np.zeros(n, bool)
+            if mode is AutoresetMode.DISABLED and over.any():
+                observations, _ = env.reset(options={"reset_mask": over})
     index, turn, returns, lengths, successes = (np.concatenate(column) for column in zip(*records, strict=True))
     order = np.lexsort((index, turn))  # first episodes of all environments, then second ones
     return returns[order], lengths[order], successes[order] if tells else None

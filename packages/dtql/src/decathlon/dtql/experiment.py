@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from joblib import Parallel, delayed
 
 from decathlon.dtql.claims import judge
 from decathlon.dtql.figures import draw
@@ -26,8 +25,10 @@ from decathlon.dtql.protocol import (
     expected_seconds,
     make_data,
     plan,
-    run_cell,
+    run_group,
+    side_by_side,
 )
+from decathlon.dtql.workers import run_each
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
 from decathlon.shared.progress import progress
@@ -51,7 +52,8 @@ BANDIT_LABELS = {"dtql": "trust region", "kl": "KL"}
 NOTES = {
     "fork": "Fork is an environment of this package, so the paper has no figures for it. Behaviour: that in the data.",
     "seeds": "Intervals in the tables are over seeds; those of the claims over seeds x episodes.",
-    "seconds": "Seconds are CPU time of one thread: of a whole training, and of one action for one observation.",
+    "seconds": "Seconds are CPU time of one thread: of a seed's share in the training of all seeds side by side, and "
+    "of one action for one observation.",
     "bandit": "The trust region's policy is the one of the lowest loss among 16 that learn side by side. reward_share: "
     "mean reward in support, as a share of the 99.9 % quantile in the data.",
 }
@@ -129,15 +131,24 @@ def run(recipe: Recipe, output: str | Path, *, resume: bool = False, jobs: int =
             make_data(recipe, part.task, path)
     folder = directory.path / "cells"
     folder.mkdir(exist_ok=True)
-    open_cells = [cell for cell in cells if not _file(folder, cell).is_file()]
-    if len(open_cells) < len(cells):
-        print(f"{len(cells) - len(open_cells)} of {len(cells)} cells are there from an earlier run", flush=True)
+    # a group runs again as a whole if one of its cells is missing: in other company a seed would be rounded otherwise
+    groups = [
+        group for group in side_by_side(recipe, cells) if not all(_file(folder, cell).is_file() for cell in group)
+    ]
+    if kept := len(cells) - sum(map(len, groups)):
+        print(f"{kept} of {len(cells)} cells are there from an earlier run", flush=True)
     # the bar counts expected seconds, so that its estimate of the time left holds for cells of unequal length
-    work = {cell: max(round(expected_seconds(recipe, cell)), 1) for cell in open_cells}
-    with progress(total=sum(work.values()), desc=f"{len(open_cells)} cells", unit="s of work", disable=not work) as bar:
-        for cell in _finish(recipe, directory.path, open_cells, jobs):
-            directory.log(cell=cell.name)
-            bar.update(work[cell])
+    work = [max(round(sum(expected_seconds(recipe, cell) for cell in group)), 1) for group in groups]
+    tasks = [(recipe, directory.path, group) for group in groups]
+    labels = [f"{group[0].setting} {group[0].method}" for group in groups]
+    with (
+        progress(total=sum(work), desc=f"{len(cells) - kept} cells", unit="s of work", disable=not work) as bar,
+        closing(run_each(_run_and_store, tasks, labels, jobs)) as finished,
+    ):
+        for place, _ in finished:
+            for cell in groups[place]:
+                directory.log(cell=cell.name)
+            bar.update(work[place])
     results = {cell: json.loads(_file(folder, cell).read_text()) for cell in sorted(cells)}
     behaviour = {part.task: describe_data(part.task, data_path(directory.path, part.task)) for part in recipe.parts}
     records = make_records(recipe, results, behaviour)
@@ -154,19 +165,10 @@ def _file(folder: Path, cell: Cell) -> Path:
     return folder / f"{cell.name}.json"
 
 
-def _finish(recipe: Recipe, folder: Path, cells: list[Cell], jobs: int) -> Iterable[Cell]:
-    """Run cells, in this process or in others, and yield each one when its file is there."""
-    if jobs == 1:
-        return (_run_and_store(recipe, folder, cell) for cell in cells)
-    workers = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="all")
-    return workers(delayed(_run_and_store)(recipe, folder, cell) for cell in cells)
-
-
-def _run_and_store(recipe: Recipe, folder: Path, cell: Cell) -> Cell:
-    result = run_cell(recipe, cell, folder)
-    with atomic_path(_file(folder / "cells", cell)) as path:
-        path.write_text(json.dumps(result, allow_nan=False))
-    return cell
+def _run_and_store(recipe: Recipe, folder: Path, group: Sequence[Cell]) -> None:
+    for cell, result in run_group(recipe, group, folder).items():
+        with atomic_path(_file(folder / "cells", cell)) as path:
+            path.write_text(json.dumps(result, allow_nan=False))
 
 
 def make_records(
@@ -201,13 +203,12 @@ def make_records(
 
 
 def _label(recipe: Recipe, setting: str, method: str) -> str:
-    """A method with the weight that it was given, and its number of seeds where that is not the same for all."""
+    """A method with the weight that it was given."""
     if setting not in TASKS:
         return BANDIT_LABELS[method]
     part = recipe.part(setting)
     weights = {"td3bc": f", alpha {part.td3bc_alpha:g}", "diffusion-ql": f", eta {part.eta:g}"}
-    label = LABELS[method] + (f", alpha {part.alpha:g}" if method == "dtql" else weights.get(method, ""))
-    return label + (f", {part.at_most[method]} seeds" if method in part.at_most else "")
+    return LABELS[method] + (f", alpha {part.alpha:g}" if method == "dtql" else weights.get(method, ""))
 
 
 def _notes(recipe: Recipe) -> list[str]:

@@ -85,10 +85,11 @@ def _task(part: Part, results: Results, behaviour: Mapping[str, float], folder: 
         axis.set_title(f"{metric} at the end")
     if not scored:
         axes[2].set_ylim(-0.03, 1.05)
+    seeds = "; ".join(f"{len(_of(results, part.task, method))} for {SHORT[method]}" for method in order)
     caption = (
         f"{part.task}, {part.steps} steps. Left: mean return over the seeds with its 95 % interval, by few episodes "
         "a point. Right: mean over the seeds after the last step, 95 % intervals over seeds x episodes; dots: seeds. "
-        "Dashed: the behaviour in the data."
+        f"Dashed: the behaviour in the data. Seeds: {seeds}."
     )
     return _saved(figure, folder / part.task, caption)
 

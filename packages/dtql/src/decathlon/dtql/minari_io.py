@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from decathlon.dtql.d4rl import one_line
 from decathlon.dtql.spaces import check_action_space, check_observation_space, flatten_batch, from_box, to_box
 
 if TYPE_CHECKING:
@@ -69,10 +70,9 @@ def _load(minari: Any, dataset_id: str, download: bool) -> MinariDataset:
     try:
         return minari.load_dataset(dataset_id, download=download)
     except Exception as error:  # whatever the hosting client raises offline
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FileNotFoundError(
-            f"Minari set {dataset_id!r} cannot be loaded ({reason}); give download=True with a network, or copy it to "
-            "the folder named by MINARI_DATASETS_PATH"
+            f"Minari set {dataset_id!r} cannot be loaded ({one_line(error)}); give download=True with a network, or "
+            "copy it to the folder named by MINARI_DATASETS_PATH"
         ) from error
 
 

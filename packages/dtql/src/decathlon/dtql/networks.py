@@ -3,6 +3,9 @@
 Axes before the last are free, so that a batch may carry candidates: observations [..., S], actions [..., A]. Critics
 broadcast them, so [B, 1, S] with [B, N, A] scores N candidates of each state and works the state's part out once.
 
+Networks may also be stacked: with a further first axis K in every parameter they are K networks side by side, and take
+[K, B, S] and [K, B, A]. Such a stack learns but does not act.
+
 The names inside ScoreNetwork, TwinCritic and TanhGaussianActor are those of the official repository, so that its
 checkpoints load.
 """
@@ -31,13 +34,13 @@ class _CPUMish(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         bounded = x.clamp(max=MISH_LINEAR_FROM)
         e = bounded.exp()
-        share = (e + 2.0).mul_(e)
-        denominator = share + 2.0
-        minus_quarter = e.sub_(share).mul_(bounded)  # of the second term's numerator: e - n = -e (e + 1)
-        share.div_(denominator)
-        minus_quarter.div_(denominator.mul_(denominator))
+        product = torch.addcmul(e, e, e)
+        n = e.add_(product)
+        denominator = n + 2.0
+        share = n.div_(denominator)
         y = x * share
-        ctx.save_for_backward(x, share.sub_(minus_quarter, alpha=4.0))
+        slope = share.addcdiv_(product.mul_(bounded), denominator.mul_(denominator), value=4.0)
+        ctx.save_for_backward(x, slope)
         return y
 
     @staticmethod
@@ -79,6 +82,31 @@ class Mish(nn.Module):
         return mish(x)
 
 
+class Linear(nn.Linear):
+    """A linear layer, or K of them side by side."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out]; stacked [K, B, in] -> [K, B, out]."""
+        return _linear(input, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm, or K of them side by side."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., width] -> the same; stacked [K, B, width] -> the same."""
+        if self.weight.ndim == 1:
+            return super().forward(input)
+        normal = F.layer_norm(input, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(self.bias.unsqueeze(-2), normal, self.weight.unsqueeze(-2))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    return torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
+
+
 class TimeEmbedding(nn.Module):
     """Sines and cosines of a time [...] at `dim` / 2 frequencies exp(-k ln(10000) / (dim / 2 - 1)): [..., dim]."""
 
@@ -108,13 +136,13 @@ class _FoldedMLP(nn.Module):
         super().__init__()
         if num_hidden_layers < 2:
             raise ValueError(f"num_hidden_layers must be at least 2, got {num_hidden_layers}")
-        hidden = (layer for _ in range(num_hidden_layers - 1) for layer in (nn.Linear(hidden_dim, hidden_dim), Mish()))
-        self.layers = nn.Sequential(nn.Linear(in_dim, hidden_dim), *hidden, nn.Linear(hidden_dim, out_dim))
+        hidden = (layer for _ in range(num_hidden_layers - 1) for layer in (Linear(hidden_dim, hidden_dim), Mish()))
+        self.layers = nn.Sequential(Linear(in_dim, hidden_dim), *hidden, Linear(hidden_dim, out_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = (cast(nn.Linear, layer) for layer in islice(self.layers, 2))
-        h = F.linear(x, second.weight @ first.weight, F.linear(first.bias, second.weight, second.bias))
-        return _apply(islice(self.layers, 2, None), h)
+        first, second = (cast(Linear, layer) for layer in islice(self.layers, 2))
+        bias = _linear(first.bias.unsqueeze(-2), second.weight, second.bias).squeeze(-2)
+        return _apply(islice(self.layers, 2, None), _linear(x, second.weight @ first.weight, bias))
 
 
 class _OfficialStateDict(nn.Module):
@@ -282,7 +310,7 @@ class TanhGaussianActor(_OfficialStateDict):
         self.log_std_bounds = log_std_bounds
         self.net = _mlp(obs_dim, hidden_dim, 2 * action_dim, depth=3, activation=nn.ReLU)
         for layer in self.net:
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, Linear):
                 nn.init.orthogonal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -350,20 +378,20 @@ def _mlp(
     """`depth` blocks of Linear, LayerNorm if asked for, and activation; then Linear."""
     layers: list[nn.Module] = []
     for width in (in_dim, *[hidden_dim] * (depth - 1)):
-        layers.append(nn.Linear(width, hidden_dim))
+        layers.append(Linear(width, hidden_dim))
         if layer_norm:
-            layers.append(nn.LayerNorm(hidden_dim))
+            layers.append(LayerNorm(hidden_dim))
         layers.append(activation())
-    return nn.Sequential(*layers, nn.Linear(hidden_dim, out_dim))
+    return nn.Sequential(*layers, Linear(hidden_dim, out_dim))
 
 
 def _time_mlp(dim: int) -> nn.Sequential:
-    return nn.Sequential(TimeEmbedding(dim), nn.Linear(dim, 2 * dim), Mish(), nn.Linear(2 * dim, dim))
+    return nn.Sequential(TimeEmbedding(dim), Linear(dim, 2 * dim), Mish(), Linear(2 * dim, dim))
 
 
 def _split_input(model: nn.Sequential, obs: Tensor, action: Tensor) -> Tensor:
     """`model` on [obs, action] whose leading axes broadcast: its first layer is the sum of its two parts."""
-    first = cast(nn.Linear, model[0])
+    first = cast(Linear, model[0])
     for_obs, for_action = first.weight.split([obs.shape[-1], action.shape[-1]], dim=-1)
     return _apply(islice(model, 1, None), F.linear(action, for_action) + F.linear(obs, for_obs, first.bias))
 

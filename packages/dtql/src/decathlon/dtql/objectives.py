@@ -9,8 +9,9 @@ Notation:
     net           a network: net(c_in x, obs, ln(sigma) / 4) in the EDM form, net(x, t, obs) in the DDPM form
     critic        twin Q and V: critic(obs, action) -> (q1, q2), critic.q_min(obs, action), critic.v(obs), all [B, 1]
 
-Where a [B, ...] shape is written, further axes before B are welcome, such as one for stacked seeds; a mean then runs
-over them too. float32 and float64 are kept. Wrong shapes raise ValueError. Randomness is passed in.
+Where a [B, ...] shape is written, further axes before B are welcome, such as one for networks side by side; what is a
+scalar then has one entry for each of them, as no mean runs over them. float32 and float64 are kept. Wrong shapes raise
+ValueError. Randomness is passed in.
 
 References:
     Chen, Wang and Zhou, Diffusion Policies creating a Trust Region for Offline RL, arXiv 2405.19690.
@@ -204,7 +205,7 @@ def diffusion_loss(
     """
     _check_shape("noise", noise, action.shape)
     denoised, c_out = _denoise(net, action + _column(sigma, action) * noise, obs, sigma, sigma_data, max_action)
-    return ((denoised - action) / c_out).square().mean()
+    return _mean(((denoised - action) / c_out).square())
 
 
 def implicit_action(net: Network, obs: Tensor, noise: Tensor, *, generation_sigma: float = 2.5) -> Tensor:
@@ -263,7 +264,7 @@ def kl_distillation_loss(
         # The floor goes beyond the paper: an action that the real net leaves alone would divide by zero.
         weight = (action - real).abs().mean(-1, keepdim=True).clamp(min=DISTILLATION_FLOOR)
         target = action - (fake - real) / weight
-    return 0.5 * F.mse_loss(action, target)
+    return 0.5 * _mean_square(action, target)
 
 
 # One-step policy
@@ -306,7 +307,7 @@ def tanh_gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor, *, max
 
 def entropy_loss(log_prob: Tensor) -> Tensor:
     """L_ent = -mean log pi(a | s) over actions of the data: a likelihood term, called entropy in arXiv 2405.19690."""
-    return -log_prob.mean()
+    return -_mean(log_prob)
 
 
 def q_loss(critic: TwinQ, obs: Tensor, action: Tensor) -> Tensor:
@@ -320,7 +321,7 @@ def q_loss(critic: TwinQ, obs: Tensor, action: Tensor) -> Tensor:
     Returns:
         Scalar.
     """
-    return -critic.q_min(obs, action).mean()
+    return -_mean(critic.q_min(obs, action))
 
 
 def policy_loss(
@@ -393,7 +394,7 @@ def td_target(reward: Tensor, not_done: Tensor, next_value: Tensor, *, discount:
 def twin_q_loss(q1: Tensor, q2: Tensor, target: Tensor) -> Tensor:
     """Squared error of both twins, mean (q1 - y)^2 + mean (q2 - y)^2, for values and target [B, 1]."""
     _check_shape("target", target, q1.shape)
-    return F.mse_loss(q1, target) + F.mse_loss(q2, target)
+    return _mean_square(q1, target) + _mean_square(q2, target)
 
 
 def critic_loss(
@@ -435,7 +436,7 @@ def critic_loss(
     with torch.no_grad():
         q_data = torch.minimum(q1, q2) if target_critic is None else target_critic.q_min(obs, action)
         target = td_target(reward, not_done, critic.v(next_obs), discount=discount)
-    return expectile_loss(q_data - critic.v(obs), expectile).mean() + twin_q_loss(q1, q2, target)
+    return _mean(expectile_loss(q_data - critic.v(obs), expectile)) + twin_q_loss(q1, q2, target)
 
 
 # Baselines: Diffusion-QL (arXiv 2208.06193), TD3+BC (arXiv 2106.06860) and behaviour cloning
@@ -492,7 +493,7 @@ def ddpm_loss(net: Network, action: Tensor, obs: Tensor, t: Tensor, noise: Tenso
         Scalar.
     """
     _check_rows("action", action, obs)
-    return F.mse_loss(net(ddpm_noisy_action(action, t, noise, n_timesteps=n_timesteps), t, obs), noise)
+    return _mean_square(net(ddpm_noisy_action(action, t, noise, n_timesteps=n_timesteps), t, obs), noise)
 
 
 def ddpm_sample(
@@ -561,13 +562,13 @@ def normalized_q_loss(q: Tensor, reference_q: Tensor) -> Tensor:
     Returns:
         Scalar.
     """
-    return -q.mean() / reference_q.detach().abs().mean()
+    return -_mean(q) / _mean(reference_q.detach().abs())
 
 
 def behavior_cloning_loss(policy_action: Tensor, action: Tensor) -> Tensor:
     """Mean squared error between the actions of the policy and of the data, both [B, A]."""
     _check_shape("policy_action", policy_action, action.shape)
-    return F.mse_loss(policy_action, action)
+    return _mean_square(policy_action, action)
 
 
 def diffusion_ql_loss(bc_loss: Tensor, q: Tensor, reference_q: Tensor, *, eta: float = 1.0) -> Tensor:
@@ -626,6 +627,16 @@ def smoothed_target_action(
 
 
 # Parts
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean over rows and the last axis."""
+    return x.mean((-2, -1)) if x.ndim > 2 else x.mean()
+
+
+def _mean_square(x: Tensor, y: Tensor) -> Tensor:
+    """Mean of (x - y)^2 over rows and the last axis."""
+    return _mean(F.mse_loss(x, y, reduction="none")) if x.ndim > 2 else F.mse_loss(x, y)
 
 
 def _denoise(

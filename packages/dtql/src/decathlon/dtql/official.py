@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,29 +58,30 @@ def write_official(
         id: Number in the names of the files; None for none.
 
     Raises:
-        ValueError: If one of the files is there.
+        ValueError: If one of the files is there, or `folder` is a file.
 
     Returns:
         The files. "critic_target" is written too, though the official code does not look for it.
     """
-    written = []
-    for name, weights in state_dicts.items():
-        names = (
-            [name] if name != "bc_actor" or id is not None else ["bc_actor", "actor"]
-        )  # it saves one, loads the other
-        for each in names:
-            written.append(Path(folder) / (f"{each}.pth" if id is None else f"{each}_{id}.pth"))
-            if written[-1].exists():
-                raise ValueError(f"{written[-1]} exists: choose another folder, or remove it")
-            with atomic_path(written[-1]) as temporary:
-                torch.save({key: value.cpu() for key, value in weights.items()}, temporary)
-    return written
+    folder, suffix = Path(folder), "" if id is None else f"_{id}"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder")
+    files = {folder / f"{name}{suffix}.pth": weights for name, weights in state_dicts.items()}
+    if id is None and "bc_actor" in state_dicts:  # the official code saves it by one name and loads it by another
+        files[folder / "actor.pth"] = state_dicts["bc_actor"]
+    for path in files:
+        if path.exists():
+            raise ValueError(f"{path} exists: choose another folder, or remove it")
+    for path, weights in files.items():
+        with atomic_path(path) as temporary:
+            torch.save({key: value.cpu() for key, value in weights.items()}, temporary)
+    return list(files)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # the reader fails on junk in many ways
         reason = str(error).partition(". ")[0]
         raise ValueError(f"{path} is no state dict, or damaged: {reason}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):

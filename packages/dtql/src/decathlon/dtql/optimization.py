@@ -22,10 +22,13 @@ def make_adam(*groups: tuple[nn.Module, float]) -> Adam:
 
 
 def descend(optimizer: Adam, loss: Tensor) -> None:
-    """One step down the gradient of `loss`, which is worked out for the optimiser's own parameters only."""
+    """One step down the gradient of `loss`, which is worked out for the optimiser's own parameters only.
+
+    Networks side by side share no parameter, so each goes down its own entry of `loss`.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss.sum(), parameters), strict=True):
+        parameter.grad = gradient.contiguous()  # the fused Adam takes it to lie in memory as the parameter does
     optimizer.step()
 
 

@@ -1,14 +1,17 @@
 """What an experiment runs: its recipe, the cells that it falls into, and the run of one cell.
 
-A cell is one method with one seed, on an offline task or on a 2-D bandit. It depends on nothing but the recipe.
+A cell is one method with one seed, on an offline task or on a 2-D bandit. It depends on nothing but the recipe. To save
+time, all seeds of a method on an offline task are trained side by side.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from decathlon.dtql.config import BCConfig, DiffusionQLConfig, DTQLConfig, TD3BC
 from decathlon.dtql.data import OfflineDataset
 from decathlon.dtql.environments import FORK_ID
 from decathlon.dtql.evaluate import EvalResult, evaluate
+from decathlon.dtql.stacked import fit_stacked
 from decathlon.shared.errors import UserError
 
 DQL_CANDIDATES = 16
@@ -39,12 +43,14 @@ LABELS = {
 }
 """Methods of the offline tasks, with the number of actions that each looks at when it acts, unless that is one."""
 
+_QUICK_PANELS = [f"25_gaussian/{panel}" for panel in ("far/dtql", "hard/dtql", "near/dtql", "far/kl", "near/kl")]
 _HIDDEN_DIM, _BATCH_SIZE, _LR, _TAU = 64, 128, 1e-3, 0.01
 _DATA_SEED, _EVALUATION_SEED = 0, 100  # the latter is added to that of the agent
 _TIMED_ACTIONS = 200
 _FARTHEST = 1e9  # in place of infinity
-_MILLISECONDS = {"bc": 0.6, "td3bc": 2.0, "diffusion-ql": 14.0, "dtql": 8.5, "dtql-alpha-0": 8.5}
-_BANDIT_MILLISECONDS = 18.0
+_MILLISECONDS = {"bc": 0.3, "td3bc": 0.8, "diffusion-ql": 5.0, "dtql": 4.0, "dtql-alpha-0": 4.0}
+_BANDIT_MILLISECONDS = 16.0
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,6 @@ class Part:
     """bc, td3bc, diffusion-ql, dtql, dtql-alpha-0."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5, 6])
     """Seeds of the agents; seed 0 is left to the choice of the weights below."""
-    at_most: dict[str, int] = field(default_factory=dict)
-    """Methods that get the first few of the seeds only, such as diffusion-ql: 3."""
     steps: int = 3000
     """Training steps."""
     alpha: float = 2.0
@@ -103,23 +107,23 @@ class Part:
     def __post_init__(self) -> None:
         """Refuse unknown names and numbers out of range."""
         _known("task", [self.task], TASKS)
-        _known("method", [*self.methods, *self.at_most], LABELS)
+        _known("method", self.methods, LABELS)
         _once("methods", self.methods)
         _once("seeds", self.seeds)
-        for name, count in {"steps": self.steps, "seeds": len(self.seeds), **self.at_most}.items():
+        for name, count in {"steps": self.steps, "seeds": len(self.seeds)}.items():
             if count < 1:
                 raise UserError(f"{self.task}, {name}: at least 1 is needed, got {count}")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment."""
+    """One experiment; by default that of recipes/quick.yaml."""
 
     experiment: str = "quick"
     """Name; the records carry it."""
     parts: list[Part] = field(default_factory=lambda: [Part()])
     """Offline tasks with their methods, as in recipes/quick.yaml."""
-    bandits: list[str] = field(default_factory=lambda: ["25_gaussian/far/dtql", "25_gaussian/far/kl"])
+    bandits: list[str] = field(default_factory=lambda: list(_QUICK_PANELS))
     """Panels of the bandit figure: DATA/REWARD/METHOD of 25_gaussian, swiss_roll_2D; far, hard, near; dtql, kl."""
     bandit_seeds: list[int] = field(default_factory=lambda: [1])
     """Seeds of the bandits; the figure shows the first."""
@@ -186,7 +190,7 @@ def plan(recipe: Recipe) -> list[Cell]:
         Cell(part.task, method, seed)
         for part in recipe.parts
         for method in part.methods
-        for seed in part.seeds[: part.at_most.get(method)]
+        for seed in part.seeds
     ]
     for panel in recipe.bandits:
         setting, _, method = panel.rpartition("/")
@@ -194,8 +198,19 @@ def plan(recipe: Recipe) -> list[Cell]:
     return sorted(cells, key=lambda cell: (-expected_seconds(recipe, cell), cell))
 
 
+def side_by_side(recipe: Recipe, cells: Iterable[Cell]) -> list[tuple[Cell, ...]]:
+    """The cells in groups that run together, the longest group first."""
+    groups: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell if cell.is_bandit else (cell.setting, cell.method), []).append(cell)
+    return sorted(
+        (tuple(sorted(group)) for group in groups.values()),
+        key=lambda group: -sum(expected_seconds(recipe, cell) for cell in group),
+    )
+
+
 def expected_seconds(recipe: Recipe, cell: Cell) -> float:
-    """About what a cell takes on a busy core; only the proportions matter."""
+    """About what a cell, or its share in a group of six, takes on a busy core; only the proportions matter."""
     if not cell.is_bandit:
         return 1e-3 * recipe.part(cell.setting).steps * _MILLISECONDS[cell.method]
     steps = STEPS[cell.setting.partition("/")[2]] if cell.method == "dtql" else KL_STEPS
@@ -225,18 +240,34 @@ def describe_data(task: str, path: Path) -> dict[str, float]:
 
 
 def run_cell(recipe: Recipe, cell: Cell, folder: Path) -> dict[str, Any]:
-    """What a cell came to, in plain numbers.
+    """What a cell that runs by itself came to."""
+    return run_group(recipe, (cell,), folder)[cell]
+
+
+def run_group(recipe: Recipe, cells: Sequence[Cell], folder: Path) -> dict[Cell, dict[str, Any]]:
+    """What the cells of a group came to, in plain numbers.
 
     One thread: networks this small are not faster on two, and the figures do not depend on the machine's load.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    _keep_freed_memory()
     try:
-        return (
-            _run_bandit(recipe, cell) if cell.is_bandit else _run_agent(recipe, cell, data_path(folder, cell.setting))
-        )
+        if cells[0].is_bandit:
+            return {cell: _run_bandit(recipe, cell) for cell in cells}
+        return _run_agents(recipe, cells, data_path(folder, cells[0].setting))
     finally:
         torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, where it runs on glibc.
+
+    By default large blocks go back to the system at once, and to touch new ones takes a fifth of a bandit's time.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            mallopt(option, 2**25)
 
 
 def make_agent(part: Part, method: str, seed: int, obs_dim: int, action_dim: int, hidden_dim: int) -> OfflineAgent[Any]:
@@ -260,40 +291,41 @@ def make_agent(part: Part, method: str, seed: int, obs_dim: int, action_dim: int
     return DTQL(*sizes, DTQLConfig(**shared, alpha=alpha, expectile=0.7, selection="mean"), seed=seed)
 
 
-def _run_agent(recipe: Recipe, cell: Cell, path: Path) -> dict[str, Any]:
-    part, task = recipe.part(cell.setting), TASKS[cell.setting]
+def _run_agents(recipe: Recipe, cells: Sequence[Cell], path: Path) -> dict[Cell, dict[str, Any]]:
+    setting, method = cells[0].setting, cells[0].method
+    part, task = recipe.part(setting), TASKS[setting]
     dataset = OfflineDataset.from_d4rl_hdf5(path)
     hidden_dim, steps, episodes = _HIDDEN_DIM, part.steps, recipe.episodes or task.episodes
     if recipe.smoke:
         hidden_dim, steps, episodes = 8, 2, 4
     sizes = dataset.observations.shape[1], dataset.actions.shape[1]
-    agent = make_agent(part, cell.method, cell.seed, *sizes, hidden_dim)
-    curve: list[dict[str, float]] = []
-    evaluating = 0.0
-
-    def measure(count: int) -> EvalResult:
-        nonlocal evaluating
-        start = time.process_time()
-        result = evaluate(agent, task.env_id, episodes=count, seed=_EVALUATION_SEED + cell.seed)
-        evaluating += time.process_time() - start
-        return result
-
+    agents = [make_agent(part, method, cell.seed, *sizes, hidden_dim) for cell in cells]
+    curves: list[list[dict[str, float]]] = [[] for _ in cells]
+    evaluating = [0.0 for _ in cells]
+    results: list[EvalResult] = []
     start = time.process_time()
-    while agent.num_updates < steps:
-        chunk = min(recipe.curve_every, steps - agent.num_updates)
+    for done in [*range(recipe.curve_every, steps, recipe.curve_every), steps]:
+        chunk = done - agents[0].num_updates
         with contextlib.redirect_stderr(io.StringIO()):  # the bar of the whole experiment is enough
-            agent.fit(dataset, steps=chunk, batch_size=_BATCH_SIZE, log_every=chunk)
-        last = agent.num_updates >= steps
-        result = measure(episodes if last else min(recipe.curve_episodes, episodes))
-        curve.append({"step": agent.num_updates, **_figures(cell.setting, result)})
-    train = time.process_time() - start - evaluating
+            fit_stacked(agents, dataset, steps=chunk, batch_size=_BATCH_SIZE, log_every=chunk)
+        count = episodes if done == steps else min(recipe.curve_episodes, episodes)
+        results = []
+        for k, (cell, agent) in enumerate(zip(cells, agents, strict=True)):
+            began = time.process_time()
+            results.append(evaluate(agent, task.env_id, episodes=count, seed=_EVALUATION_SEED + cell.seed))
+            evaluating[k] += time.process_time() - began
+            curves[k].append({"step": done, **_figures(setting, results[k])})
+    train = (time.process_time() - start - sum(evaluating)) / len(cells)
     return {
-        "returns": result.returns.tolist(),
-        "successes": None if result.successes is None else result.successes.astype(float).tolist(),
-        "curve": curve,
-        "metrics": _figures(cell.setting, result)
-        | {"train_seconds": train, "action_seconds": _seconds_per_action(agent, dataset.observations)},
-        "seconds": train + evaluating,
+        cell: {
+            "returns": result.returns.tolist(),
+            "successes": None if result.successes is None else result.successes.astype(float).tolist(),
+            "curve": curve,
+            "metrics": _figures(setting, result)
+            | {"train_seconds": train, "action_seconds": _seconds_per_action(agent, dataset.observations)},
+            "seconds": train + seconds,
+        }
+        for cell, agent, result, curve, seconds in zip(cells, agents, results, curves, evaluating, strict=True)
     }
 
 

@@ -1,8 +1,9 @@
-"""Options of a training run, and the agent's settings that follow from them."""
+"""Options of a training run, and what follows from them: the agent's settings, lengths, the description of a seed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from decathlon.dtql.config import (
@@ -17,6 +18,7 @@ from decathlon.dtql.config import (
     TD3BCConfig,
     TrustRegionConfig,
 )
+from decathlon.dtql.d4rl import D4RL_REGISTRY
 from decathlon.shared.errors import UserError
 
 CONFIGS: dict[str, type[AgentConfig]] = {
@@ -73,6 +75,8 @@ class TrainConfig:
     """Episodes of an evaluation (the paper: 10 for locomotion, else 100); 0 trains without a simulator."""
     checkpoint_every: int = 5
     """Epochs of 1000 steps between two checkpoints."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which there is a checkpoint in any case, so that a slow machine loses little."""
     log_every: int = EPOCH_STEPS
     """Steps between two rows of the learning curve."""
     paper_score: float | None = None
@@ -157,6 +161,41 @@ class Schedule:
     log_every: int
 
 
+@dataclass(frozen=True)
+class Run:
+    """All that the training of a seed needs.
+
+    Attributes:
+        config: The options.
+        settings: Those of the agent.
+        schedule: Lengths in steps.
+        episodes: Of an evaluation; 0 for none.
+        made_up: Whether data and simulator are made up.
+        device: Where the agent lives.
+        output: The run directory.
+    """
+
+    config: TrainConfig
+    settings: AgentConfig
+    schedule: Schedule
+    episodes: int
+    made_up: bool
+    device: str
+    output: Path
+
+    def folder(self, seed: int) -> Path:
+        """The folder of a seed."""
+        return self.output / f"seed-{seed}"
+
+    def description(self, seed: int) -> dict[str, Any]:
+        """What decides the outcome: a run may go on only with the same."""
+        c = self.config
+        source = {name: getattr(c, name) for name in ("env", "data", "minari", "npz", "max_episode_steps")}
+        evaluation = {"eval_episodes": self.episodes, "made_up": self.made_up}
+        lengths = {name: value for name, value in asdict(self.schedule).items() if name != "checkpoint_every"}
+        return {**source, "agent": c.agent, "seed": seed, **lengths, **evaluation, "settings": asdict(self.settings)}
+
+
 def agent_settings(config: TrainConfig) -> AgentConfig:
     """The agent's settings: what the options say, else the paper's for the D4RL set, else the defaults.
 
@@ -202,6 +241,8 @@ def schedule(config: TrainConfig, settings: AgentConfig) -> Schedule:
     for name in ("eval_every", "checkpoint_every", "log_every"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if not config.checkpoint_minutes > 0:
+        raise UserError(f"checkpoint_minutes must be positive, got {config.checkpoint_minutes}")
     pretrains = isinstance(settings, TrustRegionConfig)
     if config.pretrain_steps and not pretrains:
         raise UserError(f"pretrain_steps: {config.agent} has no pretraining")
@@ -223,8 +264,13 @@ def evaluation_episodes(config: TrainConfig) -> int:
         return 2
     if config.eval_episodes is not None:
         return config.eval_episodes
-    locomotion = ("halfcheetah", "hopper", "walker2d")
-    return 100 if _paper_row(config.env) is not None and not str(config.env).startswith(locomotion) else 10
+    return default_episodes(config.env)
+
+
+def default_episodes(env: str | None) -> int:
+    """Episodes by which the paper judges an agent on a D4RL set, and 10 for anything else."""
+    hundred = ("antmaze", "pen", "door", "hammer", "relocate", "kitchen")
+    return 100 if env in D4RL_REGISTRY and str(env).partition("-")[0] in hundred else 10
 
 
 def _paper_row(env: str | None) -> DTQLConfig | None:

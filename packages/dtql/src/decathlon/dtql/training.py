@@ -1,121 +1,39 @@
-"""Training runs: one agent for each seed, learning curves, and the scores of all seeds beside the paper's."""
+"""Training runs: one agent for each seed, with its learning curve."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from gymnasium.spaces import flatdim
-from tabulate import tabulate
 
 from decathlon.dtql.base import OfflineAgent
 from decathlon.dtql.baselines import AGENTS, load_agent
-from decathlon.dtql.config import AgentConfig
-from decathlon.dtql.d4rl import D4RL_REGISTRY, normalized_score
+from decathlon.dtql.checkpoint import clear_rests
+from decathlon.dtql.d4rl import normalized_score
 from decathlon.dtql.data import OfflineDataset
 from decathlon.dtql.environments import make_vec_env, resolve
 from decathlon.dtql.evaluate import EvalResult, evaluate
-from decathlon.dtql.parallel import gather_scores, seed_for_rank
-from decathlon.dtql.settings import Schedule, TrainConfig, agent_settings, evaluation_episodes, schedule
+from decathlon.dtql.parallel import meet, seed_for_rank, world_size
+from decathlon.dtql.scores import Curve, Outcome, check_seeds, conclude, figure_of
+from decathlon.dtql.settings import Run, TrainConfig, agent_settings, evaluation_episodes, schedule
 from decathlon.dtql.sources import made_up_data, made_up_environment, read_data
 from decathlon.dtql.workers import run_all
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
-from decathlon.shared.intervals import bootstrap_mean
 from decathlon.shared.plots import save_figure, use_style
-from decathlon.shared.records import record_from_seeds, to_json, write_jsonl
+from decathlon.shared.records import to_json
 from decathlon.shared.rundir import RunDirectory
 
 AGENT_FOLDER = "agent"
 """Folder of the trained agent in the folder of a seed."""
 
 EVALUATION_SEED_OFFSET = 100  # the paper's: the simulator's seed is the training's plus this
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that the training of a seed needs.
-
-    Attributes:
-        config: The options.
-        settings: Those of the agent.
-        schedule: Lengths in steps.
-        episodes: Of an evaluation; 0 for none.
-        made_up: Whether data and simulator are made up.
-        device: Where the agent lives.
-        output: The run directory.
-    """
-
-    config: TrainConfig
-    settings: AgentConfig
-    schedule: Schedule
-    episodes: int
-    made_up: bool
-    device: str
-    output: Path
-
-    def folder(self, seed: int) -> Path:
-        """The folder of a seed."""
-        return self.output / f"seed-{seed}"
-
-    def description(self, seed: int) -> dict[str, Any]:
-        """What decides the outcome: a run may go on only with the same."""
-        c = self.config
-        source = {name: getattr(c, name) for name in ("env", "data", "minari", "npz", "max_episode_steps")}
-        evaluation = {"eval_episodes": self.episodes, "made_up": self.made_up}
-        lengths = {name: value for name, value in asdict(self.schedule).items() if name != "checkpoint_every"}
-        return {**source, "agent": c.agent, "seed": seed, **lengths, **evaluation, "settings": asdict(self.settings)}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Scores of a run.
-
-    Attributes:
-        title: What was trained on what.
-        metric: "score", "return", or None without evaluation.
-        seeds: The seeds.
-        last: Metric at the end of the training, for each seed.
-        best: Highest metric of all evaluations, for each seed.
-        paper: What the paper reports; None if it is not to be compared.
-        notes: What to say beside the table, one line each.
-    """
-
-    title: str
-    metric: str | None
-    seeds: list[int]
-    last: list[float]
-    best: list[float]
-    paper: float | None
-    notes: list[str]
-
-    def table(self, fmt: str = "simple") -> str:
-        """The scores for print (`fmt="github"`: as Markdown)."""
-        if self.metric is None:
-            return "\n".join([self.title, *self.notes])
-        columns = (self.last, self.best)
-        rows = [_row(f"seed {seed}", pair) for seed, *pair in zip(self.seeds, *columns, strict=True)]
-        rows.append(_row("mean", map(fmean, columns)))
-        if len(self.seeds) > 1:
-            rows.append(_row("standard error", (stdev(column) / len(column) ** 0.5 for column in columns)))
-            intervals = (bootstrap_mean(column) for column in columns)
-            rows.append(["95 % interval", *(f"[{low:.1f}, {high:.1f}]" for _, low, high in intervals)])
-        if self.paper is not None:
-            rows.append(_row("paper (unverified copy)", [self.paper]))
-            rows.append(_row("here - paper", [fmean(self.last) - self.paper]))
-        table = tabulate(rows, [self.metric, "last", "best"], tablefmt=fmt, disable_numparse=True)
-        return "\n\n".join([self.title, table, *self.notes])
-
-
-def _row(name: str, figures: Iterable[float]) -> list[str]:
-    return [name, *(f"{figure:.1f}" for figure in figures)]
 
 
 def train(config: TrainConfig) -> Outcome | None:
@@ -143,23 +61,24 @@ def train(config: TrainConfig) -> Outcome | None:
     dataset = _read(run)
     _check_simulator(run, dataset)
     seeds = _seeds(config)
-    check_output(run.output, "seed-*/config.yaml")
+    check_output(run.output, "seed-*")  # of another process it may not hold its config.yaml yet
+    check_seeds(run)
     directories = [RunDirectory(run.folder(seed), run.description(seed), resume=config.resume) for seed in seeds]
     jobs = config.jobs or min(len(seeds), os.cpu_count() or 1)
     tasks = [(run, dataset, directory, seed) for directory, seed in zip(directories, seeds, strict=True)]
-    curves = run_all(train_seed, tasks, [f"seed {seed}" for seed in seeds], jobs)
-    return _outcome(run, seeds, curves, time.perf_counter() - start)
+    with meet():
+        curves = run_all(train_seed, tasks, [f"seed {seed}" for seed in seeds], jobs)
+        return conclude(run, dict(zip(seeds, curves, strict=True)), time.perf_counter() - start)
 
 
-def train_seed(run: Run, dataset: OfflineDataset, directory: RunDirectory, seed: int) -> list[dict[str, Any]]:
+def train_seed(run: Run, dataset: OfflineDataset, directory: RunDirectory, seed: int) -> Curve:
     """Train, or train on, the agent of a seed; returns its learning curve, which is also in metrics.jsonl.
 
     Raises:
         UserError: If the run has diverged.
     """
     checkpoint = directory.path / AGENT_FOLDER
-    for rest in directory.path.glob(f".{AGENT_FOLDER}.*"):  # of a write that a kill has cut short
-        shutil.rmtree(rest)
+    clear_rests(checkpoint)
     cls = next(agent for agent in AGENTS.values() if agent.config_class is type(run.settings))
     sizes = dataset.observations.shape[1], dataset.actions.shape[1]
     agent: OfflineAgent[Any] = (
@@ -172,7 +91,7 @@ def train_seed(run: Run, dataset: OfflineDataset, directory: RunDirectory, seed:
 
     def log(_: OfflineAgent[Any], row: dict[str, Any]) -> None:
         directory.log(**row)
-        if (figure := _figure(row)) is not None:
+        if (figure := figure_of(row)) is not None:
             print(f"seed {seed}, step {row['step']}: {figure} {row[f'eval_{figure}']:.1f}", flush=True)
 
     lengths = run.schedule
@@ -188,6 +107,7 @@ def train_seed(run: Run, dataset: OfflineDataset, directory: RunDirectory, seed:
             log_every=lengths.log_every,
             checkpoint_dir=checkpoint,
             checkpoint_every=lengths.checkpoint_every,
+            checkpoint_minutes=run.config.checkpoint_minutes,
             resume=True,
         )
     except FloatingPointError as error:
@@ -205,8 +125,8 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = [["bc_loss", "trust_region_loss"], ["critic_loss"], ["q_mean", "q_abs_max"]]
-    evaluations = [row for row in rows if _figure(row) is not None]
-    panels += [[f"eval_{_figure(evaluations[0])}"]] if evaluations else []
+    evaluations = [row for row in rows if figure_of(row) is not None]
+    panels += [[f"eval_{figure_of(evaluations[0])}"]] if evaluations else []
     rows = [row for row in rows if row["phase"] == "train"]
     panels = [kept for panel in panels if (kept := [name for name in panel if any(name in row for row in rows)])]
     figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(3.2 * max(len(panels), 1), 2.8), squeeze=False)
@@ -248,11 +168,7 @@ def _seeds(config: TrainConfig) -> list[int]:
     seeds = config.seeds if config.seed is None else [config.seed]
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be different integers of at least 0, got {seeds}")
-    return [seed_for_rank(seeds[0])] if _world_size() > 1 else seeds
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return [seed_for_rank(seeds[0])] if world_size() > 1 else seeds
 
 
 def _read(run: Run) -> OfflineDataset:
@@ -300,58 +216,3 @@ def _evaluate(run: Run, agent: OfflineAgent[Any], seed: int) -> EvalResult:
     result = evaluate(agent, env, **options)
     env.close()
     return replace(result, score=float(normalized_score(name, result.mean)))
-
-
-def _figure(row: dict[str, Any]) -> str | None:
-    """The figure by which an evaluation is judged, if the row is of one."""
-    return next((name for name in ("score", "return") if f"eval_{name}" in row), None)
-
-
-def _outcome(run: Run, seeds: list[int], curves: list[list[dict[str, Any]]], seconds: float) -> Outcome | None:
-    c = run.config
-    evaluations = [[row for row in curve if _figure(row) is not None] for curve in curves]
-    metric = _figure(evaluations[0][-1]) if evaluations[0] else None
-    values = [[row[f"eval_{metric}"] for row in rows] for rows in evaluations] if metric is not None else []
-    last, best = gather_scores([v[-1] for v in values]), gather_scores([max(v) for v in values])
-    if _world_size() > 1:
-        if os.environ.get("RANK", "0") != "0":
-            return None
-        seeds = [seeds[0] + rank for rank in range(_world_size())]
-    of_d4rl = not run.made_up and c.minari is None and c.npz is None and c.env in D4RL_REGISTRY
-    title = f"{c.agent} on {c.env or c.data or c.minari or c.npz}, {run.schedule.steps} training steps"
-    outcome = Outcome(title, metric, seeds, last, best, c.paper_score if of_d4rl else None, _notes(run, metric))
-    if metric is not None:
-        records = [
-            record_from_seeds(
-                values,
-                package="dtql",
-                experiment=str(c.env),
-                method=c.agent,
-                metric=name,
-                higher_is_better=True,
-                seconds=seconds,
-            )
-            for name, values in ((metric, last), (f"best_{metric}", best))
-        ]
-        write_jsonl(run.output / "records.jsonl", records)
-    with atomic_path(run.output / "results.md") as path:
-        path.write_text(outcome.table("github") + "\n", encoding="utf-8")
-    return outcome
-
-
-def _notes(run: Run, metric: str | None) -> list[str]:
-    c = run.config
-    notes = [f"agents, learning curves and figures in {run.output}"]
-    if run.made_up:
-        notes.append("smoke: data and simulator are made up, the figures mean nothing")
-    elif metric == "score":
-        notes.append(
-            f"Simulator: {resolve(str(c.env))[0]}. D4RL's was mujoco-py: scores and their comparison are approximate."
-        )
-    if metric is not None:
-        notes.append("The reported figure is the last; the best is chosen on the simulator and flatters.")
-    else:
-        notes.append("no evaluation: " + ("eval_episodes is 0" if c.env is not None else "no --env is given"))
-    if c.minari is not None:
-        notes.append("Minari's data are not D4RL's: never mix the two in one table.")
-    return notes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,6 +14,8 @@ from decathlon.dtql.d4rl import D4RL_KEYS
 
 Array = NDArray[np.floating]
 Flags = NDArray[np.bool_]
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 # ----------------------------------------------------------------------------------------------------- D4RL's rules
@@ -166,8 +170,11 @@ def checked_arrays(raw: Mapping[str, ArrayLike], max_action: float) -> dict[str,
 
     Raises:
         ValueError: Naming the array and the fault.
+        TypeError: If an array is not of numbers.
     """
-    arrays = {key: np.asarray(value) for key, value in raw.items()}
+    if not isinstance(max_action, Real) or not 0 < max_action < math.inf:
+        raise ValueError(f"max_action must be positive and finite, got {max_action!r}")
+    arrays = {key: _numbers(key, value) for key, value in raw.items()}
     observations, actions = arrays["observations"], arrays["actions"]
     if observations.ndim != 2 or actions.ndim != 2:
         raise ValueError(
@@ -182,10 +189,13 @@ def checked_arrays(raw: Mapping[str, ArrayLike], max_action: float) -> dict[str,
     for key, array in arrays.items():
         if key in ("rewards", "terminals", "timeouts"):
             array = array.reshape(-1)
-        bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
-        if len(bad):
-            raise ValueError(f"{key}: NaN or infinite first in row {bad[0]}; leave out or mend such rows")
-        arrays[key] = array.astype(bool) if key in ("terminals", "timeouts") else array.astype(_float_dtype(array))
+        _check_rows(key, np.isfinite(array), "NaN or infinite", "leave out or mend such rows")
+        if key in ("terminals", "timeouts"):
+            _check_rows(key, (array == 0) | (array == 1), "neither true (1) nor false (0)", "give flags")
+            arrays[key] = array.astype(bool)
+        else:
+            _check_rows(key, np.abs(array) <= _LARGEST, f"larger than {_LARGEST:.1e}, the bound of float32,", "rescale")
+            arrays[key] = array.astype(_float_dtype(array))
     largest = float(np.abs(arrays["actions"]).max())
     if largest > max_action + 1e-6:
         raise ValueError(
@@ -194,6 +204,22 @@ def checked_arrays(raw: Mapping[str, ArrayLike], max_action: float) -> dict[str,
         )
     _warn_of_flags(arrays["terminals"], arrays.get("timeouts"))
     return arrays
+
+
+def _numbers(key: str, values: ArrayLike) -> NDArray:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{key}: rows of unequal length") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{key} must hold numbers, got {array.dtype}, such as {array.ravel()[:1].tolist()}")
+    return array
+
+
+def _check_rows(key: str, good: Flags, fault: str, mend: str) -> None:
+    bad = np.flatnonzero(~good.reshape(len(good), -1).all(axis=1))
+    if len(bad):
+        raise ValueError(f"{key}: {fault} first in row {bad[0]}; {mend}")
 
 
 def _check_lengths(arrays: Mapping[str, NDArray]) -> None:
