@@ -21,13 +21,20 @@ def test_digits() -> None:
     found = load_images("digits")
     assert found.images.shape == (1797, 1, 8, 8) and found.images.dtype == torch.float32
     assert (float(found.images.min()), float(found.images.max())) == (-1.0, 1.0)
-    assert found.labels is not None and found.labels.dtype == torch.int64 and set(found.labels.tolist()) == set(range(10))
+    assert (
+        found.labels is not None and found.labels.dtype == torch.int64 and set(found.labels.tolist()) == set(range(10))
+    )
     assert torch.equal(found.floats(), found.images)
 
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((5, 8, 8), (5, 1, 8, 8)), ((5, 8, 8, 3), (5, 3, 8, 8)), ((5, 3, 8, 8), (5, 3, 8, 8)), ((5, 8, 8, 1), (5, 1, 8, 8))],
+    [
+        ((5, 8, 8), (5, 1, 8, 8)),
+        ((5, 8, 8, 3), (5, 3, 8, 8)),
+        ((5, 3, 8, 8), (5, 3, 8, 8)),
+        ((5, 8, 8, 1), (5, 1, 8, 8)),
+    ],
 )
 @pytest.mark.parametrize("key", ["images", "arr_0"])
 def test_layouts_of_npz(tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...], key: str) -> None:
@@ -115,12 +122,16 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_mnist_lies_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
-    with pytest.raises(FileNotFoundError, match=r"DECATHLON_DATA is not set; set DECATHLON_DATA to a folder with images/mn"):
+    with pytest.raises(
+        FileNotFoundError, match=r"DECATHLON_DATA is not set; set DECATHLON_DATA to a folder with images/mn"
+    ):
         load_images("mnist")
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"there is no .*mnist-test\.npz; .* or give the path"):
         load_images("mnist")
     (tmp_path / "images").mkdir()
-    save(tmp_path / "images/mnist-test.npz", images=np.zeros((4, 28, 28), np.uint8), labels=np.arange(4, dtype=np.uint8))
+    save(
+        tmp_path / "images/mnist-test.npz", images=np.zeros((4, 28, 28), np.uint8), labels=np.arange(4, dtype=np.uint8)
+    )
     found = load_images("mnist")
     assert found.images.shape == (4, 1, 28, 28) and found.labels is not None

@@ -72,7 +72,10 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: Recipe(methods=["sid"]), "unknown method 'sid'; known are sid:ALPHA, such as sid:1.2, and diff-inst"),
+            (
+                lambda: Recipe(methods=["sid"]),
+                "unknown method 'sid'; known are sid:ALPHA, such as sid:1.2, and diff-inst",
+            ),
             (lambda: Recipe(methods=["sid:1e9"]), "unknown method"),
             (lambda: Recipe(at_most={"dmd": 1}), "unknown method 'dmd'"),
             (lambda: Recipe(at_most={"sid:1.0": 0}), "at_most sid:1.0 must be above 0"),
@@ -117,16 +120,18 @@ class TestData:
         assert outcome.records[0].method == "real images"
 
 
-class TestCells:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("cells")
-        prepare(TINY, folder)
-        return folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Extractor and teacher of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("cells")
+    prepare(TINY, folder)
+    return folder
 
+
+class TestCells:
     def test_teacher_and_extractor_are_kept(self, folder: Path) -> None:
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-        assert {path.name for path in folder.iterdir()} == {"extractor.safetensors", teacher_path(TINY, folder).name}
+        assert {"extractor.safetensors", teacher_path(TINY, folder).name} <= {path.name for path in folder.iterdir()}
         prepare(TINY, folder)
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
         others = [replace(TINY, **{name: 5}) for name in ("channels", "teacher_steps", "batch_size")]
@@ -140,7 +145,7 @@ class TestCells:
         assert first["curve"] == again["curve"] and first["images"] == again["images"]
         assert first["curve"][0] == other["curve"][0] and first["curve"][-1] != other["curve"][-1]
         assert [point["images"] for point in first["curve"]] == [0, 8]
-        assert first["metrics"]["fd"] == first["curve"][-1]["fd"] != first["metrics"]["raw_fd"]
+        assert first["metrics"]["fd"] == first["curve"][-1]["fd"] and first["metrics"]["raw_fd"] > 0
         assert first["fd_spread"] > 0 and np.shape(first["images"]) == (48, 8, 8)
         json.dumps(first, allow_nan=False)
 
@@ -175,7 +180,14 @@ class TestRun:
         run(TINY, tmp_path / "one", jobs=1)
         assert figures(tmp_path / "one") == figures(tmp_path / "two")
         text = (tmp_path / "two" / "results.md").read_text()
-        for words in ("### tiny/digits", "real images", "teacher, 3 calls", "SiD, alpha 1", "Diff-Instruct", "not run here"):
+        for words in (
+            "### tiny/digits",
+            "real images",
+            "teacher, 3 calls",
+            "SiD, alpha 1",
+            "Diff-Instruct",
+            "not run here",
+        ):
             assert words in text
         assert outcome.claims == read_claims(tmp_path / "two" / "claims.jsonl")
         assert outcome.records == read_records(tmp_path / "two" / "records.jsonl")
@@ -187,7 +199,7 @@ class TestRun:
         run(recipe, tmp_path / "run", jobs=1)
         with pytest.raises(UserError, match="give --resume"):
             run(recipe, tmp_path / "run", jobs=1)
-        with pytest.raises(UserError, match="another num_images"):
+        with pytest.raises(UserError, match="num_images"):
             run(replace(recipe, num_images=3), tmp_path / "run", resume=True, jobs=1)
         with pytest.raises(UserError, match="jobs must be at least 1"):
             run(recipe, tmp_path / "run", jobs=0)
@@ -239,30 +251,33 @@ def made_up(finals: dict[str, list[float]], teacher: dict[int, float], early: fl
         cells[Cell("teacher", calls)] = {"metrics": {"fd": value}, "fd_spread": 0.01}
     for method, values in finals.items():
         for seed, value in enumerate(values):
-            points = [(0, 500.0), (10, 60.0), (50, 40.0), (100, early), (200, 10.0), (400, value)]
+            points = [(0, 500.0), (10, 120.0), (50, 35.0), (100, early), (200, 10.0), (400, value)]
             curve = [{"step": step, "images": 64 * step, "fd": fd} for step, fd in points]
             cells[Cell(method, seed)] = {"metrics": {"fd": value}, "fd_spread": 0.1, "curve": curve}
     return cells
 
 
-class TestClaims:
-    RECIPE = Recipe(methods=["sid:1.0", "sid:1.2", "diff-instruct"], at_most={"diff-instruct": 1})
-    TEACHER = {1: 1200.0, 17: 6.0, 35: 2.8}
+CLAIMING = Recipe(methods=["sid:1.0", "sid:1.2", "diff-instruct"], at_most={"diff-instruct": 1})
+TEACHER_AT = {1: 1200.0, 9: 6.5, 17: 6.0, 35: 2.8}
 
+
+class TestClaims:
     def verdicts(self, results: dict[Cell, Any]) -> list[str]:
-        return [claim.verdict for claim in judge(self.RECIPE, results)]
+        return [claim.verdict for claim in judge(CLAIMING, results)]
 
     def test_all_shown(self) -> None:
         finals = {"sid:1.0": [3.6, 3.8, 4.0], "sid:1.2": [5.0, 5.1, 5.2], "diff-instruct": [9.0]}
-        claims = judge(self.RECIPE, made_up(finals, self.TEACHER))
-        assert [claim.verdict for claim in claims] == ["shown"] * 7 + ["not measured"] * 2
+        claims = judge(CLAIMING, made_up(finals, TEACHER_AT))
+        assert [claim.verdict for claim in claims] == ["shown"] * 8 + ["not measured"] * 2
         assert claims[0].measured.startswith("25 / 25 / 25 times smaller (6400 images)")
-        assert claims[2].value == pytest.approx(3.8) and "against 6 [" in claims[2].measured
-        assert claims[-2].measured.startswith("not run here") and claims[-2].paper == "FID 1.923 against 1.97 (35 calls)"
+        assert claims[3].value == pytest.approx(3.8) and "against 6 [" in claims[3].measured
+        assert (
+            claims[-2].measured.startswith("not run here") and claims[-2].paper == "FID 1.923 against 1.97 (35 calls)"
+        )
 
     def test_none_shown(self) -> None:
         finals = {"sid:1.0": [5.0, 6.5, 9.0], "sid:1.2": [5.0, 6.0, 7.0], "diff-instruct": [8.9]}
-        results = made_up(finals, self.TEACHER, early=26.0)
+        results = made_up(finals, TEACHER_AT, early=26.0)
         for cell, result in results.items():
             if cell.method == "sid:1.0":
                 result["curve"][1]["fd"] = 8.0  # early and then flat: no line
@@ -270,18 +285,18 @@ class TestClaims:
         for cell in results:
             if cell == Cell("sid:1.0", 1):
                 results[cell]["curve"][1]["fd"] = results[cell]["curve"][2]["fd"] = 400.0
-        claims = judge(self.RECIPE, results)
-        assert [claim.verdict for claim in claims[:7]] == ["not shown"] * 7
-        assert "no difference shown" in claims[5].measured and "no difference shown" in claims[6].measured
+        claims = judge(CLAIMING, results)
+        assert [claim.verdict for claim in claims[:8]] == ["not shown"] * 8
+        assert all("no difference shown" in claim.measured for claim in claims[6:8])
 
     def test_missing_cells_are_not_measured(self) -> None:
         assert set(self.verdicts({})) == {"not measured"}
         results = made_up({"sid:1.0": [3.6, 3.8, 4.0]}, {})
-        assert self.verdicts(results)[:7] == ["shown", "shown", *["not measured"] * 5]
+        assert self.verdicts(results)[:8] == ["shown", "shown", *["not measured"] * 6]
         assert [claim.verdict for claim in judge(Recipe(methods=["diff-instruct"]), results)] == ["not measured"] * 2
 
     def test_intervals(self) -> None:
-        several, single = made_up({"sid:1.0": [3.0, 4.0, 5.0], "sid:1.2": [3.0]}, {}), {}
+        several = made_up({"sid:1.0": [3.0, 4.0, 5.0], "sid:1.2": [3.0]}, {})
         cells = [result for cell, result in several.items() if cell.method == "sid:1.0"]
         assert distance(cells).mean == pytest.approx(4.0) and 3.0 <= distance(cells).low < 4.0
         single = several[Cell("sid:1.2", 0)]

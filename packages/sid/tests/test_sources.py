@@ -23,7 +23,9 @@ HUB_FILE = "UT-Austin-PML/SiD/cifar10-uncond/alpha1.2/network-snapshot-1.200000-
 @pytest.fixture
 def net() -> EDMPrecond:
     torch.manual_seed(0)
-    return EDMPrecond(8, 1, model_type="SongUNet", model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+    return EDMPrecond(
+        8, 1, model_type="SongUNet", model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[]
+    )
 
 
 @pytest.fixture
@@ -145,7 +147,10 @@ def test_damaged_folders(tmp_path: Path, net: EDMPrecond) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (HUB_FILE, r"not to be had from huggingface\.co \(.*`hf download UT-Austin-PML/SiD cifar10-uncond/alpha1\.2/net"),
+        (
+            HUB_FILE,
+            r"not to be had from huggingface\.co \(.*`hf download UT-Austin-PML/SiD cifar10-uncond/alpha1\.2/net",
+        ),
         ("google/ddpm-cifar10-32", r"`hf download google/ddpm-cifar10-32`; then give the local path instead"),
         ("google/ddpm-cifar10-32@main", r"not to be had from huggingface\.co"),
         ("models/edm-ffhq-64x64-uncond-vp.pkl", r"no such file\. Download https://nvlabs.*/edm-ffhq.*CC BY-NC-SA 4\.0"),

@@ -119,7 +119,8 @@ class _Digits:
             return
         yield self._fast()
         yield self._straight()
-        yield self._beside_teacher(17, 1.0, "below the teacher in 17 calls")
+        for calls in (9, 17):
+            yield self._beside_teacher(calls, 1.0, f"below the teacher in {calls} calls")
         yield self._beside_teacher(
             35, FACTOR_TO_TEACHER, f"at most {FACTOR_TO_TEACHER:g} times the teacher's in 35 calls"
         )

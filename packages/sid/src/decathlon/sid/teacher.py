@@ -7,11 +7,11 @@ import math
 from typing import Any
 
 import torch
-from decathlon.sid.augment import AugmentPipe
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from decathlon.shared.progress import progress
+from decathlon.sid.augment import AugmentPipe
 from decathlon.sid.config import TeacherConfig
 from decathlon.sid.denoisers import check_denoiser
 from decathlon.sid.objectives import add_noise, edm_sigma, fake_score_loss, scaled_loss

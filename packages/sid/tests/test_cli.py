@@ -1,0 +1,376 @@
+"""The command line: networks in, generators, images and figures out, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from decathlon.sid import (
+    EDMPrecond,
+    SiDConfig,
+    SiDPipeline,
+    inspect_edm_pickle,
+    load_edm_pickle,
+    seeded_latents,
+    to_uint8,
+)
+from decathlon.sid.cli import main
+from decathlon.sid.sources import load_pipeline
+from decathlon.sid.training import TrainConfig
+
+PICKLE = Path(__file__).parent / "golden" / "edm_tiny.pkl"
+TRAIN = ["train", "--teacher", "teacher", "--batch_size", "4", "--total_kimg", "0.012", "--lr", "1e-4", "--glr", "1e-4"]
+TRAIN += ["--snapshot_kimg", "0.004", "--log_kimg", "0.004", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def network(label_dim: int = 0) -> EDMPrecond:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    return EDMPrecond(8, 1, label_dim, model_type="SongUNet", **small)
+
+
+@pytest.fixture
+def teacher() -> EDMPrecond:
+    """A network in the folder "teacher"."""
+    net = network()
+    SiDPipeline(net).save_pretrained("teacher")
+    return net
+
+
+def rows(run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.usefixtures("teacher")
+def test_train_generate_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = ["--feature-extractor", "digits", "--reference", "digits", "--eval_images", "40"]
+    assert main([*TRAIN, *evaluation, "--output", "run"]) == 0
+    printed = capsys.readouterr().out
+    assert "images seen" in printed and "Frechet distance, best" in printed and "generator: run/last" in printed
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "last/model_index.json", "best/model_index.json"):
+        assert Path("run", name).is_file(), name
+    assert [row["nimg"] for row in rows("run")] == [4, 8, 12] and all(row["metric"] > 0 for row in rows("run"))
+
+    assert main(["generate", "run/last", "--seeds", "0-4,9", "--output", "images"]) == 0
+    assert "6 images in images" in capsys.readouterr().out
+    names = {path.name for path in Path("images").iterdir()}
+    assert names == {"grid.png", "000009.png", *(f"00000{seed}.png" for seed in range(5))}
+
+    measuring = ["evaluate", "run", "--reference", "digits", "--feature_extractor", "digits", "--num_images", "40"]
+    more = ["--trials", "2", "--inception_score", "--precision_recall", "--output", "figures.json"]
+    assert main([*measuring, *more]) == 0
+    printed = capsys.readouterr().out
+    for words in ("mean of 2", "95 % interval", "frechet distance", "inception score", "recall", "digits CNN"):
+        assert words in printed
+    figures = json.loads(Path("figures.json").read_text())
+    assert len(figures["frechet_distance"]) == 2 and figures["frechet_distance"][0] != figures["frechet_distance"][1]
+    assert figures["frechet_distance"][0] == pytest.approx(min(row["metric"] for row in rows("run")), rel=1e-4)
+    assert all(0 <= share <= 1 for share in figures["precision"] + figures["recall"])
+    assert all(score >= 1 for score in figures["inception_score"])
+    assert (figures["network_calls"], figures["images"]) == (1, 40)
+
+
+def test_options_are_the_settings_of_the_trainer() -> None:
+    hints = typing.get_type_hints(TrainConfig)
+    ours = {f.name: f for f in fields(TrainConfig)}
+    for field in fields(SiDConfig):
+        assert hints[field.name] == typing.get_type_hints(SiDConfig)[field.name]
+        assert ours[field.name].default == field.default and ours[field.name].init == (field.name != "output_dir")
+    settings = TrainConfig(teacher="x", alpha=0.5, output="there").settings()
+    assert (settings.alpha, settings.output_dir, settings.batch_size) == (0.5, "there", 256)
+    evaluated = TrainConfig(teacher="x", feature_extractor="digits", reference="digits", snapshot_kimg=7)
+    assert evaluated.settings().eval_kimg == 7
+    assert TrainConfig(smoke=True, batch_gpu=16).settings(world=3).steps == 2
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "generate", "evaluate", "convert", "inspect", "reproduce"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert "--print_config" in text or command
+        if command == "train":
+            for field in fields(TrainConfig):
+                assert f"--{field.name} " in text or f"--{field.name}." in text or field.name == "output_dir", (
+                    field.name
+                )
+            assert "Weight of the naive loss" in text and "output_dir" not in text
+
+
+@pytest.mark.usefixtures("teacher")
+def test_print_config_can_be_read_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*TRAIN, "--print_config"])
+    Path("mine.yaml").write_text(capsys.readouterr().out)
+    assert yaml.safe_load(Path("mine.yaml").read_text())["glr"] == 1e-4
+    assert main(["train", "--config", "mine.yaml", "--smoke", "--output", "run"]) == 0
+
+
+@pytest.mark.usefixtures("teacher")
+def test_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN, "--output", "whole"]) == 0
+    shorter = [*TRAIN, "--total_kimg", "0.008", "--output", "cut"]
+    assert main(shorter) == 0
+    assert main([*TRAIN, "--output", "cut"]) == 2
+    assert "give --resume" in capsys.readouterr().err
+    assert main([*TRAIN, "--output", "cut", "--resume", "--alpha", "0.5"]) == 2
+    assert "alpha" in capsys.readouterr().err
+    assert main([*TRAIN, "--output", "cut", "--resume"]) == 0
+    one, other = (load_pipeline(f"{name}/last").generator.state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [row["nimg"] for row in rows("cut")] == [4, 8, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("teacher")
+def test_ctrl_c_leaves_a_generator_and_a_checkpoint() -> None:
+    command = [sys.executable, "-m", "decathlon.sid", *TRAIN, "--total_kimg", "500", "--snapshot_kimg", "400"]
+    command += ["--output", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not Path("run/metrics.jsonl").is_file() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run the same command with --resume" in err
+    assert list(Path("run/checkpoints").iterdir()) and load_pipeline("run/last")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("teacher")
+def test_two_processes_train_as_one_does() -> None:
+    """As `accelerate launch` starts them, by torchrun's variables."""
+    assert main([*TRAIN, "--batch_gpu", "2", "--output", "one"]) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "decathlon.sid"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *TRAIN, "--batch_gpu", "2", "--output", "two"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("generator: two/last") == 1
+    one, two = (load_pipeline(f"{name}/last").generator.state_dict() for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def test_images_depend_on_their_seed_alone() -> None:
+    SiDPipeline(network(label_dim=3), 1.5).save_pretrained("model")
+    assert main(["generate", "model", "--seeds", "0-6", "--batch_size", "7", "--output", "a"]) == 0
+    assert main(["generate", "model", "--seeds", "6,2,0", "--batch_size", "2", "--output", "b"]) == 0
+    for seed in (0, 2, 6):
+        assert Path(f"a/00000{seed}.png").read_bytes() == Path(f"b/00000{seed}.png").read_bytes()
+    net, latents = load_pipeline("model").generator.eval(), seeded_latents([6, 2, 0], (1, 8, 8), 3)
+    with torch.no_grad():
+        expected = to_uint8(net(1.5 * latents[0], torch.tensor(1.5), latents[1]))[..., 0].numpy()
+    assert np.array_equal(pixels("b/000002.png"), expected[1])
+    grid = pixels("b/grid.png")
+    assert (
+        grid.shape == (16, 16)
+        and np.array_equal(grid[:8, :8], expected[0])
+        and np.array_equal(grid[8:, :8], expected[2])
+    )
+    assert not grid[8:, 8:].any()
+
+
+def test_class_and_sampler_matter(fill_weights: Callable[[EDMPrecond, int], EDMPrecond]) -> None:
+    SiDPipeline(fill_weights(network(label_dim=3), 1)).save_pretrained("model")
+    found = []
+    for number, options in enumerate([[], ["--class_label", "2"], ["--class_label", "0"], ["--steps", "3"]]):
+        options = [*options, "--init_sigma", "1.0"] if number == 1 else options
+        assert main(["generate", "model", "--seeds", "0-3", *options, "--output", str(number)]) == 0
+        found.append(pixels(f"{number}/grid.png").tobytes())
+    assert len(set(found)) == 4
+
+
+def test_colour_images() -> None:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    SiDPipeline(EDMPrecond(8, 3, model_type="SongUNet", **small)).save_pretrained("rgb")
+    assert main(["generate", "rgb", "--seeds", "0-1", "--output", "images"]) == 0
+    assert pixels("images/000001.png").shape == (8, 8, 3)
+    SiDPipeline(EDMPrecond(8, 2, model_type="SongUNet", **small)).save_pretrained("two")
+    assert main(["generate", "two", "--output", "other"]) == 2 and not Path("other").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_convert_and_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(PICKLE), "out/pipe"]) == 0
+    assert "wrote out/pipe" in capsys.readouterr().out
+    converted, direct = load_pipeline("out/pipe"), load_edm_pickle(PICKLE)
+    assert converted.config["init_sigma"] == 2.5
+    for name, value in direct.state_dict().items():
+        assert torch.equal(converted.generator.state_dict()[name], value)
+    assert isinstance(SiDPipeline.from_pretrained("out/pipe").generator, EDMPrecond)
+    assert not [path for path in Path("out").rglob("*") if path.suffix in (".pkl", ".pt", ".bin")]
+    assert main(["convert", str(PICKLE), "out/pipe", "--init_sigma", "1.5"]) == 0  # its own earlier work
+    assert load_pipeline("out/pipe").config["init_sigma"] == 1.5
+
+    assert main(["inspect", str(PICKLE), "--tensors"]) == 0
+    printed = capsys.readouterr().out
+    stored = inspect_edm_pickle(PICKLE)["ema"]
+    for words in ("EDMPrecond", stored.source_sha256, "img_resolution", *list(stored.state_dict())[:3]):
+        assert words in printed
+
+
+def test_convert_overwrites_nothing_of_others(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("text")
+    assert main(["convert", str(PICKLE), "mine"]) == 2
+    assert "mine holds other files" in capsys.readouterr().err
+    assert main(["convert", str(PICKLE), "pipe"]) == 0
+    Path("pipe/notes.txt").write_text("text")
+    assert main(["convert", str(PICKLE), "pipe"]) == 2
+    assert main(["convert", str(PICKLE), "mine/thesis.txt"]) == 2
+    assert Path("mine/thesis.txt").read_text() == "text" and Path("pipe/notes.txt").is_file()
+    Path("bad.pkl").write_bytes(PICKLE.read_bytes()[:-500])
+    assert main(["convert", "bad.pkl", "new"]) == 2
+    assert not Path("new").exists() and not list(Path.cwd().glob(".new*"))
+
+
+# --------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.usefixtures("teacher")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "teacher is missing"),
+        (["train", "--teacher", "absent.pkl"], "absent.pkl: no such file or folder"),
+        (["train", "--teacher", "x/edm-cifar10-32x32-uncond-vp.pkl"], "Download https://nvlabs-fi-cdn.nvidia.com/edm"),
+        ([*TRAIN, "--alpha", ".inf"], "alpha"),
+        ([*TRAIN, "--tmax", "1200"], "tmax must be in (0, 1000]"),
+        ([*TRAIN, "--betas", "[0.0, 1.0]"], "betas must lie in [0, 1)"),
+        ([*TRAIN, "--batch_gpu", "3"], "batch_size must be a multiple of batch_gpu"),
+        ([*TRAIN, "--batch_size", "many"], "batch_size"),
+        ([*TRAIN, "--alfa", "1"], "alfa"),
+        ([*TRAIN, "--loss", "dmd"], "loss"),
+        ([*TRAIN, "--reference", "digits"], "feature_extractor and reference go together"),
+        ([*TRAIN, "--eval_kimg", "1"], "eval_kimg needs a feature_extractor and a reference"),
+        ([*TRAIN, "--augment_p", "0.12"], "the teacher takes no augmentation labels"),
+        ([*TRAIN, "--device", "tpu"], "device 'tpu' is not to be had"),
+        (["train", "--teacher", str(PICKLE), "--teacher_key", "G"], "has no 'G'"),
+        (["generate", "teacher", "--seeds", "3-1"], "seeds must be such as 0-63"),
+        (["generate", "teacher", "--seeds", "a"], "seeds must be such as 0-63"),
+        (["generate", "teacher", "--class_label", "1"], "the network has no classes"),
+        (["generate", "teacher", "--batch_size", "0"], "batch_size must be at least 1"),
+        (["generate", "teacher", "--init_sigma", "0"], "init_sigma must be above 0"),
+        (["generate"], "model"),
+        (["evaluate", "teacher", "--reference", "digits"], "--feature-extractor PATH"),
+        (
+            ["evaluate", "teacher", "--reference", "digits", "--feature-extractor", "i.pt"],
+            "i.pt: no such feature extractor",
+        ),
+        (
+            ["evaluate", "teacher", "--reference", "absent", "--feature-extractor", "digits"],
+            "no such file or folder of im",
+        ),
+        (["inspect", "absent.pkl"], "absent.pkl"),
+        (["reproduce", "--methods", "dmd"], "unknown method 'dmd'"),
+        (["reproduce", "--data", "absent.npz", "--output", "r"], "absent.npz: no such file"),
+        (["distil"], "unknown command 'distil'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("teacher")
+def test_figures_that_the_reference_cannot_give(capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("stats.npz", mu=np.zeros(32), sigma=np.eye(32))
+    evaluate = ["evaluate", "teacher", "--feature_extractor", "digits", "--num_images", "40"]
+    assert main([*evaluate, "--reference", "stats.npz"]) == 0
+    assert main([*evaluate, "--reference", "stats.npz", "--precision_recall"]) == 2
+    assert "need real images, but stats.npz holds statistics" in capsys.readouterr().err
+    np.savez("other.npz", mu=np.zeros(5), sigma=np.eye(5))
+    assert main([*evaluate, "--reference", "other.npz"]) == 2
+    assert "the reference has 5 features, the extractor 32" in capsys.readouterr().err
+
+
+class Inception(torch.nn.Module):
+    """The interface of the paper's Inception network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 7)
+
+    def forward(
+        self, images: torch.Tensor, return_features: bool = False, no_output_bias: bool = False
+    ) -> torch.Tensor:
+        found = self.linear(images.float().mean((2, 3)) / 255)
+        if return_features:
+            return found
+        return (found - (self.linear.bias if no_output_bias else torch.zeros(7))).softmax(1)
+
+
+@pytest.mark.usefixtures("teacher")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_torchscript_network_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    torch.jit.script(Inception()).save("inception.pt")
+    evaluate = ["evaluate", "teacher", "--reference", "digits", "--feature-extractor", "inception.pt"]
+    assert main([*evaluate, "--num_images", "40", "--inception_score", "--steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "inception.pt, sha256" in printed and "inception score" in printed
+    torch.jit.script(torch.nn.Flatten()).save("flat.pt")
+    command = ["evaluate", "teacher", "--reference", "digits", "--feature-extractor", "flat.pt", "--inception_score"]
+    assert main([*command, "--num_images", "70"]) == 2
+    assert "inception_score needs class probabilities" in capsys.readouterr().err
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "decathlon.sid", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("decathlon-sid ")
