@@ -1,5 +1,6 @@
 """DTQL: the official code's numbers, an independent step, and the interface that all agents share."""
 
+import math
 import os
 import signal
 import threading
@@ -445,6 +446,9 @@ def test_kinds_of_evaluations(dataset, tmp_path):
         "eval_success": 0.5,
     }
     assert agent.fit(dataset, steps=1, eval_fn=lambda agent: {"win": np.float64(3)})[-1]["win"] == 3.0
+    single = EvalResult(np.ones(1), np.ones(1, int), 1.5, math.nan, None)
+    row = agent.fit(dataset, steps=1, eval_fn=lambda agent: single)[-1]
+    assert "eval_stderr" not in row and row["eval_return"] == 1.5  # NaN is no JSON
     agent.save(tmp_path / "agent")
     assert DTQL.load(tmp_path / "agent").log_history == agent.log_history
 
@@ -455,6 +459,20 @@ def test_a_callback_can_end_the_fit(dataset, tmp_path):
     log = agent.fit(dataset, steps=100, batch_size=4, log_every=2, **stop)
     assert [row["step"] for row in log] == [2, 4]
     assert DTQL.load(tmp_path / "agent").num_updates == 4
+
+
+def test_a_callback_can_end_the_fit_at_an_evaluation_that_is_made_up_for(dataset, tmp_path):
+    options = {"steps": 6, "batch_size": 4, "eval_every": 2, "checkpoint_dir": tmp_path / "agent"}
+
+    def cut_off(agent):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        DTQL(S, A, small(), seed=0).fit(dataset, eval_fn=cut_off, **options)
+    agent = DTQL.load(tmp_path / "agent")
+    rows = agent.fit(dataset, eval_fn=lambda agent: 1.0, callback=lambda agent, row: False, resume=True, **options)
+    assert rows == [{"phase": "train", "step": 2, "eval": 1.0}] == agent.log_history
+    assert DTQL.load(tmp_path / "agent").num_evaluated == agent.num_updates == 2
 
 
 def test_evaluation_does_not_change_what_is_learned(dataset):

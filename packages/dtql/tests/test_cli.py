@@ -10,6 +10,7 @@ import time
 import typing
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
@@ -434,7 +435,10 @@ def fails(capsys, *command):
         (["--seeds", "1", "1"], "seeds must be different"),
         (["--seed", "-1"], "seeds must be different integers of at least 0"),
         (["--device", "tpu"], "device 'tpu' is not to be had here"),
-        (["--env", "Pendulum-v1"], "Pendulum-v1 has 3 observations and 1 actions, the data have 2 and 2"),
+        (
+            ["--env", "Pendulum-v1"],
+            "Pendulum-v1 has 3 observation features and 1 action, the data have 2 and 2: give the --env",
+        ),
         (["--env", "CartPole-v1"], "CartPole-v1"),
         (["--env", "Nowhere-v0"], "Nowhere"),
         (["--lr_decay_steps", "3"], "6 training steps exceed lr_decay_steps 3"),
@@ -456,6 +460,22 @@ def test_mistakes_about_the_source(capsys, monkeypatch):
     for part in ("cache/hopper_medium-v2.hdf5", "http://rail.eecs.berkeley.edu", "no route", "put it there"):
         assert part in error
     assert not Path("runs").exists()
+
+
+def test_a_minari_set_has_its_own_scale(capsys):
+    error = fails(capsys, "train", "--minari", "no/such-v0", *TINY, "--max_action", "2", "--output", "run")
+    assert "max_action 2: the actions of a Minari set are mapped to [-1, 1]; leave max_action out" in error
+
+
+def test_a_simulator_that_is_not_d4rls_is_refused_before_the_training(data, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", type(sys)("gymnasium_robotics"))
+    gym.register("AntMaze_Flat-v0", entry_point=lambda **_: gym.make("Pendulum-v1").unwrapped)
+    try:
+        error = fails(capsys, *TRAIN, "--env", "AntMaze_Flat-v0", "--output", "run")
+    finally:
+        del gym.registry["AntMaze_Flat-v0"]
+    assert "AntMaze_Flat-v0 has 3 observation features and 1 action, the data have 2 and 2; the AntMaze of" in error
+    assert "cannot be scored in it: give the --env that they are from, or --eval_episodes 0" in error
 
 
 def test_mistakes_in_the_data(fork, capsys):

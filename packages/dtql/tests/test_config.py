@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
+from decathlon.dtql.agent import DTQL
 from decathlon.dtql.config import (
     BCConfig,
     DiffusionQLConfig,
@@ -125,6 +127,20 @@ def test_out_of_range(config, values):
 def test_no_number(values):
     with pytest.raises(TypeError, match=next(iter(values))):
         DTQLConfig(**values)
+
+
+def test_numbers_of_numpy_become_plain(tmp_path):
+    bound = np.float32(2.0)  # as action_space.high[0] of Pendulum
+    config = DTQLConfig(max_action=bound, hidden_dim=np.int64(8), lr_decay_steps=np.int32(9), alpha=5)
+    values = config.max_action, config.hidden_dim, config.lr_decay_steps, config.alpha
+    assert values == (2.0, 8, 9, 5.0) and [type(value) for value in values] == [float, int, int, float]
+    DTQL(3, 1, config, seed=0).save(tmp_path / "agent")
+    assert DTQL.load(tmp_path / "agent").config == config
+    for value in (np.bool_(True), np.float64(8.0), np.array([8])):
+        with pytest.raises(TypeError, match="hidden_dim must be an integer"):
+            DTQLConfig(hidden_dim=value)
+    with pytest.raises(ValueError, match="max_action must be positive and finite"):
+        DTQLConfig(max_action=np.float32("inf"))
 
 
 def test_bounds_that_are_allowed():

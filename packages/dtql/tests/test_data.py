@@ -203,6 +203,8 @@ def test_arrays_without_next_observations_are_steps():
         ({"observations": np.full((6, 2), 1e300)}, r"observations: larger than 3.4e\+38, .* row 0; rescale"),
         ({"actions": [[0.0], [0.0, 0.0]]}, "actions: rows of unequal length"),
         ({"max_action": 0.0}, "max_action must be positive and finite, got 0.0"),
+        ({"actions": np.zeros((6, 0))}, r"actions \(6, 0\) have no column"),
+        ({"observations": np.zeros((6, 0))}, r"observations \(6, 0\) have no column"),
     ],
 )
 def test_faulty_arrays_are_refused(changes, message):
@@ -236,8 +238,25 @@ def test_a_single_row_is_refused():
     ],
 )
 def test_flags_that_look_wrong_are_warned_of(terminals, timeouts, message):
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message) as caught:
         OfflineDataset.from_arrays(**arrays(terminals=terminals, timeouts=timeouts))
+    assert [warning.filename for warning in caught] == [__file__]  # the line that gave the flags
+
+
+def test_flags_of_steps_are_judged_with_the_time_limit(tmp_path):
+    raw = arrays(terminals=np.zeros(6, bool), next_observations=None, timeouts=None)
+    path = write(tmp_path / "a.hdf5", raw)
+    readers = [lambda **limit: OfflineDataset.from_arrays(**raw, **limit)]
+    readers.append(lambda **limit: OfflineDataset.from_d4rl_hdf5(path, **limit))
+    for read in readers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(read(max_episode_steps=3)) == 4
+            with pytest.raises(ValueError, match="give max_episode_steps"):
+                read()
+        with pytest.warns(UserWarning, match="terminals are never true") as caught:
+            read(max_episode_steps=9)
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +306,8 @@ def test_a_named_set_is_read_from_the_cache_with_the_limit_of_its_family(tmp_pat
     raw = steps(1005, terminals=(), timeouts=())
     del raw["timeouts"]
     write(tmp_path / "hopper_medium.hdf5", raw)
-    with pytest.warns(UserWarning, match="cannot be told apart"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the limit tells the episodes apart
         data = OfflineDataset.from_d4rl("hopper-medium-v0", tmp_path, download=False)
     assert 999 not in data.observations and len(data) == 1003
     with pytest.raises(FileNotFoundError, match=r"hopper_medium-v2.hdf5: not there; load with download=True"):
@@ -470,6 +490,18 @@ def test_describe_counts_and_adds_up():
     assert (described["return_min"], described["return_max"]) == (3.0, 7.0)  # 0 + 1 + 2, 3 + 4, 5
     assert described["length_mean"] == 2.0 and described["terminals"] == described["timeouts"] == 1
     assert all(type(value) in (int, float) for value in described.values())
+
+
+def test_locomotion_rewards_see_episodes_that_no_flag_ends():
+    raw = arrays(n=12, terminals=np.arange(12) == 11, timeouts=None, rewards=np.repeat([1.0, 2.0, 3.0], 4))
+    raw["next_observations"][[3, 7]] += 100  # what follows is another episode
+    data = OfflineDataset.from_arrays(**raw)
+    tuned = data.with_tuned_rewards("iql_locomotion")
+    np.testing.assert_allclose(tuned.rewards, data.rewards * 1000 / (12 - 4))
+
+
+def test_sets_compare_as_objects(fork):
+    assert fork == fork and fork != fork.select(slice(None)) and len({fork}) == 1
 
 
 def test_tuned_rewards_leave_the_rest(fork):

@@ -41,6 +41,10 @@ def fork_returns(data):
 # ------------------------------------------------------------------------------------------------------------ Fork
 
 
+def test_fork_is_known_by_its_module_too():
+    assert gym.make(f"decathlon.dtql:{FORK_ID}").spec.max_episode_steps == 60
+
+
 def test_fork_is_a_valid_environment():
     env = gym.make(FORK_ID)
     check_env(env.unwrapped, skip_render_check=False)

@@ -200,6 +200,7 @@ def test_environments_that_do_not_fit_are_refused():
 def test_results_are_plain():
     result = EvalResult(np.array([1.0]), np.array([2]), 1.0, math.nan, None)
     assert result.successes is None and result.success_rate is None
+    assert result == result and result != EvalResult(np.array([1.0]), np.array([2]), 1.0, math.nan, None)
 
 
 # ---------------------------------------------------------------------------------------------------------- videos

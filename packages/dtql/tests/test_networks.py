@@ -102,18 +102,6 @@ class TestMish:
         mish(x.requires_grad_()).sum().backward()
         assert torch.equal(x.detach(), kept)
 
-    def test_function_transforms(self) -> None:
-        """vmap over stacked weights, with gradients."""
-        x, weight = normal(4, 3), normal(2, 3, 3, seed=1)
-
-        def loss(w: Tensor) -> Tensor:
-            return mish(x @ w).sum()
-
-        gradient = torch.func.vmap(torch.func.grad(loss))(weight)
-        expected = [torch.autograd.functional.jacobian(lambda w: F.mish(x @ w).sum(), w) for w in weight]
-        torch.testing.assert_close(gradient, torch.stack(expected))
-        torch.testing.assert_close(torch.func.vmap(mish)(weight), F.mish(weight))
-
     def test_half_precision_is_torchs_own(self) -> None:
         x = torch.linspace(-20, 20, 41, dtype=torch.float16)
         assert torch.equal(mish(x), F.mish(x))
@@ -384,25 +372,36 @@ class TestEveryNetwork:
                 kind(*sizes)
 
     @pytest.mark.parametrize("kind", ALL)
-    def test_stacked_by_vmap(self, kind: Any) -> None:
-        """Networks of several seeds in one call."""
+    def test_stacked(self, kind: Any) -> None:
+        """Networks of several seeds in one call, along a first axis of parameters and inputs; gradients too."""
         networks = [kind(3, 2, 8).double() for _ in range(3)]
-        parameters, _ = torch.func.stack_module_state(networks)
-        obs, action = normal(5, 3), normal(5, 2, seed=1)
-        shell = copy.deepcopy(networks[0])
-        if isinstance(shell, ScoreNetwork):
+        stack = copy.deepcopy(networks[0])
+        for together, *each in zip(stack.parameters(), *(n.parameters() for n in networks), strict=True):
+            together.data = torch.stack([parameter.detach() for parameter in each])
+        obs, action = normal(3, 5, 3), normal(3, 5, 2, seed=1)
+        if isinstance(stack, ScoreNetwork):
             arguments = (action, obs, obs.sum(-1))
-        elif isinstance(shell, NoiseNetwork):
-            arguments = (action, torch.ones(5), obs)
+        elif isinstance(stack, NoiseNetwork):
+            arguments = (action, torch.ones(3, 5), obs)
         else:
-            arguments = (obs,) if isinstance(shell, TanhGaussianActor | DeterministicActor) else (obs, action)
-        stacked = torch.func.vmap(lambda p: torch.func.functional_call(shell, p, arguments))(parameters)
-        each = [network(*arguments) for network in networks]
-        if isinstance(stacked, tuple):
-            each = [torch.stack(values) for values in zip(*each, strict=True)]
-            torch.testing.assert_close(list(stacked), each)
-        else:
-            torch.testing.assert_close(stacked, torch.stack(each))
+            arguments = (obs,) if isinstance(stack, TanhGaussianActor | DeterministicActor) else (obs, action)
+
+        def flat(output: Any) -> Tensor:
+            return torch.cat(output, dim=-1) if isinstance(output, tuple) else output
+
+        stacked = flat(stack(*arguments))
+        each = [flat(network(*(x[k] for x in arguments))) for k, network in enumerate(networks)]
+        torch.testing.assert_close(stacked, torch.stack(each))
+        used = [name for name, _ in stack.named_parameters() if not name.startswith("v_model")]
+        slopes = torch.autograd.grad(stacked.square().sum(), [stack.get_parameter(name) for name in used])
+        for k, network in enumerate(networks):
+            own = torch.autograd.grad(each[k].square().sum(), [network.get_parameter(name) for name in used])
+            torch.testing.assert_close([slope[k] for slope in slopes], list(own))
+
+    @pytest.mark.parametrize("kind", [TwinCritic, DQLCritic, TD3Critic])
+    def test_one_twin_alone(self, kind: Any) -> None:
+        critic, obs, action = kind(3, 2, 8), normal(5, 3).float(), normal(5, 2).float()
+        assert torch.equal(critic.q1(obs, action), critic(obs, action)[0])
 
 
 class TestOfficialStateDict:

@@ -738,14 +738,14 @@ class TestTD3BC:
         q1, _ = Quadratic()(b["obs"], policy_action)
         weight = 2.5 / q1.detach().abs().mean()
         expected = -weight * q1.mean() + (policy_action - b["action"]).square().mean()
-        loss = td3_bc_loss(q1, policy_action, b["action"], alpha=2.5)
+        cloning = behavior_cloning_loss(policy_action, b["action"])
+        loss = td3_bc_loss(cloning, q1, alpha=2.5)
         torch.testing.assert_close(loss, expected)
         ours, theirs = (torch.autograd.grad(x, policy_action, retain_graph=True)[0] for x in (loss, expected))
         torch.testing.assert_close(ours, theirs)
-        cloning = behavior_cloning_loss(policy_action, b["action"])
-        torch.testing.assert_close(td3_bc_loss(q1, policy_action, b["action"], alpha=0.0), cloning)
+        torch.testing.assert_close(td3_bc_loss(cloning, q1, alpha=0.0), cloning)
         with pytest.raises(ValueError, match="alpha must be >= 0"):
-            td3_bc_loss(q1, policy_action, b["action"], alpha=-1.0)
+            td3_bc_loss(cloning, q1, alpha=-1.0)
         with pytest.raises(ValueError, match="policy_action must have shape"):
             behavior_cloning_loss(policy_action[:, :1], b["action"])
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from decathlon.dtql.base import Metrics
 from decathlon.dtql.batch import Batch
 from decathlon.dtql.candidates import CandidateAgent, target_twins
 from decathlon.dtql.config import DTQLConfig, TrustRegionConfig
+from decathlon.dtql.fitting import Metrics
 from decathlon.dtql.networks import ScoreNetwork, TanhGaussianActor, TwinCritic, TwinQ
 from decathlon.dtql.objectives import (
     critic_loss,
@@ -180,7 +180,8 @@ class DTQL(TrustRegionAgent[DTQLConfig]):
 
         Args:
             state_dicts: "bc_actor", "critic" and "distill_actor". The target Q becomes a copy of the critic's, unless
-                there is a "critic_target".
+                there is a "critic_target". To train on from such a target, set `sync_target_after_pretrain` to False:
+                else `fit` makes it a copy before its first step.
 
         Raises:
             KeyError: If one of the three, or one of their keys, is missing or unknown.

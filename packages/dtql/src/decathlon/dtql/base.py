@@ -1,10 +1,9 @@
-"""What all agents share: the update's frame, the training loop, acting, saving and loading."""
+"""What all agents share: the update's frame, acting, saving and loading; `fit` itself is in `fitting`."""
 
 from __future__ import annotations
 
 import abc
 import importlib.metadata
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,16 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from decathlon.dtql.batch import Batch, Sampler, check_batch, check_noise
-from decathlon.dtql.checkpoint import Checkpoint, SaveClock, check_folder, read_checkpoint, write_checkpoint
-from decathlon.dtql.checks import check_device, check_dtype, check_integer, sizes_differ
+from decathlon.dtql.batch import Batch, check_batch, check_noise
+from decathlon.dtql.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from decathlon.dtql.checks import check_device, check_dtype, check_integer
 from decathlon.dtql.config import AgentConfig
-from decathlon.dtql.evaluate import EvalResult
-from decathlon.shared.interruption import Interruption
-from decathlon.shared.progress import progress
+from decathlon.dtql.fitting import Fitting, Metrics, Row
 
-Metrics = dict[str, Tensor]
-Row = dict[str, Any]
 Config = TypeVar("Config", bound=AgentConfig)
 
 
@@ -238,104 +233,22 @@ class OfflineAgent(abc.ABC, Generic[Config]):
                 anything but an agent.
             FloatingPointError: If a loss is not finite.
         """
-        _check_least(0, steps=steps, pretrain_steps=pretrain_steps)
-        _check_least(1, batch_size=batch_size, log_every=log_every)
-        _check_least(1, eval_every=eval_every, checkpoint_every=checkpoint_every)
-        clock = SaveClock(checkpoint_every, checkpoint_minutes)
-        if resume:
-            steps, pretrain_steps = steps - self.num_updates, pretrain_steps - self.num_pretrain_updates
-            steps, pretrain_steps = max(steps, 0), max(pretrain_steps, 0)
-        self._check_fit(dataset, steps)
-        if checkpoint_dir is not None:
-            check_folder(checkpoint_dir)
-        sampler = self._sampler(dataset)
-        rows: list[Row] = []
-        total = pretrain_steps + steps
-        left_out = self.num_evaluated < self.num_updates and (total == 0 or _due(self.num_updates, eval_every))
-        if resume and eval_fn is not None and left_out:
-            rows.append(self._evaluate(eval_fn))
-            if callback is not None:
-                callback(self, rows[-1])
-            if checkpoint_dir is not None:
-                self.save(checkpoint_dir)
-        with Interruption(deferred=checkpoint_dir is not None) as interruption:
-            for i in progress(range(total), desc=type(self).__name__, unit="step"):
-                training = i >= pretrain_steps
-                if training and self.num_updates == 0:
-                    self._start_training(dataset)
-                batch = sampler.sample(batch_size, self.generator)
-                losses = self.update(batch) if training else self.pretrain_update(batch)
-
-                phase, step = ("train", self.num_updates) if training else ("pretrain", self.num_pretrain_updates)
-                last = i == total - 1
-                evaluates = eval_fn is not None and training and (last or _due(step, eval_every))
-                row: Row = {}
-                if last or step % log_every == 0:
-                    row = self._log(losses | self._diagnose(batch), phase, step)
-                if evaluates and not interruption.asked:
-                    if (
-                        checkpoint_dir is not None
-                    ):  # an evaluation is long and may fail: what was learned is kept before
-                        _read(losses, phase, step)
-                        self.save(checkpoint_dir)
-                        clock.restart()
-                    with interruption.at_once():
-                        row = self._evaluate(eval_fn)
-                if row:
-                    rows.append(row)
-                    if callback is not None and callback(self, row) is False:
-                        last = True
-                if checkpoint_dir is not None and (last or clock.due(step) or interruption.asked):
-                    _read(losses, phase, step)  # no checkpoint of a run that has diverged
-                    self.save(checkpoint_dir)
-                    clock.restart()
-                if last or interruption.asked:
-                    break
-        return rows
-
-    def _log(self, losses: Metrics, phase: str, step: int) -> Row:
-        """A new row of the log."""
-        row: Row = {"phase": phase, "step": step, **_read(losses, phase, step)}
-        self.log_history.append(row)
-        return row
-
-    def _sampler(self, dataset: Any) -> Sampler:
-        """Where batches of the data come from."""
-        if not hasattr(dataset, "to_torch") and not hasattr(dataset, "sample"):
-            raise TypeError(f"dataset must be an OfflineDataset (see its from_arrays), got {type(dataset).__name__}")
-        return dataset.to_torch(self.device, self.dtype) if hasattr(dataset, "to_torch") else dataset
-
-    def _evaluate(self, eval_fn: Callable[[Self], Any] | None) -> Row:
-        """The row of the log for this step, with an evaluation."""
-        assert eval_fn is not None
-        row: Row = {"phase": "train", "step": self.num_updates}
-        if self.log_history and row.items() <= self.log_history[-1].items():
-            row = self.log_history[-1]
-            scores = _scores(eval_fn(self))
-        else:
-            scores = _scores(eval_fn(self))
-            self.log_history.append(row)
-        row |= scores
-        self.num_evaluated = self.num_updates
-        return row
-
-    def _check_fit(self, dataset: Any, steps: int) -> None:
-        """ValueError if the steps or the data do not suit the agent."""
-        decay = self._lr_decay_steps
-        if decay is not None and self.num_updates + steps > decay:
-            raise ValueError(
-                f"{self.num_updates + steps} training steps exceed lr_decay_steps {decay}, where learning rates are 0"
-            )
-        if (actions := getattr(dataset, "actions", None)) is not None:
-            sizes = dataset.observations.shape[1], actions.shape[1]
-            if differ := sizes_differ("the data have", sizes, "the agent", (self.obs_dim, self.action_dim)):
-                raise ValueError(differ)
-            largest = float(np.abs(actions).max())
-            if largest > self.config.max_action + 1e-6:
-                raise ValueError(
-                    f"the largest absolute action is {largest:g}, above max_action {self.config.max_action:g}: "
-                    "rescale the actions, or give the agent's config their bound"
-                )
+        fitting = Fitting(
+            self,
+            dataset,
+            steps=steps,
+            pretrain_steps=pretrain_steps,
+            batch_size=batch_size,
+            eval_fn=eval_fn,
+            eval_every=eval_every,
+            callback=callback,
+            log_every=log_every,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            checkpoint_minutes=checkpoint_minutes,
+            resume=resume,
+        )
+        return fitting.run()
 
     # ------------------------------------------------------------------------------------------------------ acting
 
@@ -440,39 +353,3 @@ class OfflineAgent(abc.ABC, Generic[Config]):
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}") from error
         return agent
-
-
-def _check_least(least: int, **counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None:
-            check_integer(name, count, least)
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
-
-
-def _read(losses: Metrics, phase: str, step: int) -> dict[str, float]:
-    """The numbers in one transfer; FloatingPointError if one is not finite."""
-    values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value} at step {step} of the {phase} phase: the run has diverged; "
-                "try a smaller learning rate, or rewards of a smaller size"
-            )
-    return values
-
-
-def _scores(result: Any) -> Row:
-    """What an evaluation returned, as part of a row of the log."""
-    if isinstance(result, EvalResult):
-        figures = {
-            "return": result.mean,
-            "stderr": result.stderr,
-            "score": result.score,
-            "success": result.success_rate,
-        }
-        return {f"eval_{name}": figure for name, figure in figures.items() if figure is not None}
-    named: Mapping[str, Any] = result if isinstance(result, Mapping) else {"eval": result}
-    return {name: float(figure) for name, figure in named.items()}  # no numpy scalars: checkpoints hold plain numbers

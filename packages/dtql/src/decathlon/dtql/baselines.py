@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from decathlon.dtql.agent import DTQL, TrustRegionAgent
-from decathlon.dtql.base import Metrics, OfflineAgent
+from decathlon.dtql.base import OfflineAgent
 from decathlon.dtql.batch import Batch
 from decathlon.dtql.candidates import CandidateAgent, value_range
 from decathlon.dtql.checkpoint import read_description
 from decathlon.dtql.config import BCConfig, DiffusionQLConfig, DTQLKLConfig, TD3BCConfig
+from decathlon.dtql.fitting import Metrics
 from decathlon.dtql.networks import DeterministicActor, DQLCritic, NoiseNetwork, ScoreNetwork, TD3Critic
 from decathlon.dtql.objectives import (
     behavior_cloning_loss,
@@ -264,12 +265,12 @@ class TD3BC(OfflineAgent[TD3BCConfig]):
             return {"critic_loss": values}
 
         policy_action = self.actor(obs)
+        bc = behavior_cloning_loss(policy_action, action)
         with self._frozen:
-            q1, _ = self.critic(obs, policy_action)
-            total = td3_bc_loss(q1, policy_action, action, alpha=c.alpha)
+            q1 = self.critic.q1(obs, policy_action)
+            total = td3_bc_loss(bc, q1, alpha=c.alpha)
             descend(self.optimizers["actor"], total)
         self._target_average.step()
-        bc = behavior_cloning_loss(policy_action, action)
         return {"critic_loss": values, "bc_loss": bc, "q_loss": -q1.mean((-2, -1)), "actor_loss": total}
 
     @torch.no_grad()

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from decathlon.dtql.base import Metrics, OfflineAgent
+from decathlon.dtql.base import OfflineAgent
 from decathlon.dtql.config import CandidateConfig
+from decathlon.dtql.fitting import Metrics
 from decathlon.dtql.networks import TwinQ
 from decathlon.dtql.optimization import target_of
 
@@ -36,7 +37,8 @@ class CandidateAgent(OfflineAgent[Config]):
         Args:
             obs: [B, S].
             n: Candidates for each state, N; None takes those of `noise`, or `config.num_candidates`.
-            noise: Standard normal draws [B, N, A] that decide the actions; None draws them.
+            noise: Standard normal draws [B, N, A] that decide the actions (of `DiffusionQL` the start of its chains
+                alone: what they add on their way is drawn); None draws them.
 
         Returns:
             Actions [B, N, A] and values [B, N].

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal
 
 Selection = Literal["softmax", "argmax", "mean"]
@@ -38,8 +39,9 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.name in _RULES and not (field.name in _OPTIONAL and getattr(self, field.name) is None):
-                _check(field.name, getattr(self, field.name), *_RULES[field.name])
+            value = getattr(self, field.name)
+            if field.name in _RULES and not (field.name in _OPTIONAL and value is None):
+                setattr(self, field.name, _checked(field.name, value, *_RULES[field.name]))
 
 
 @dataclass(kw_only=True)
@@ -172,12 +174,14 @@ class BCConfig(AgentConfig):
     """Behaviour cloning by squared error, with the policy network of TD3+BC."""
 
 
-def _check(name: str, value: Any, kind: type, valid: Callable[[Any], bool], text: str) -> None:
-    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+def _checked(name: str, value: Any, kind: type, valid: Callable[[Any], bool], text: str) -> Any:
+    """The value, numbers (of numpy too) as the plain ones that config.json can hold."""
+    number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if kind is not str and not number:
         raise TypeError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
     if not valid(value):
         raise ValueError(f"{name} must be {text}, got {value!r}")
+    return kind(value)
 
 
 def _one_of(*names: str) -> tuple[type, Callable[[Any], bool], str]:

@@ -13,13 +13,21 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from decathlon.dtql.d4rl import episode_limit, fetch_d4rl, read_d4rl_hdf5, write_d4rl_hdf5
-from decathlon.dtql.transitions import Array, Flags, checked_arrays, kept_steps, transitions_of, tune_rewards
+from decathlon.dtql.transitions import (
+    Array,
+    Flags,
+    checked_arrays,
+    kept_steps,
+    transitions_of,
+    tune_rewards,
+    warn_of_flags,
+)
 
 if TYPE_CHECKING:
     from minari import MinariDataset
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OfflineDataset:
     """N transitions of logged behaviour; the rows of an episode follow one another.
 
@@ -81,7 +89,7 @@ class OfflineDataset:
         raw |= {} if timeouts is None else {"timeouts": timeouts}
         arrays = checked_arrays(raw, max_action)
         if next_observations is not None:
-            return cls(**arrays)
+            return cls._from_transitions(arrays)
         return cls._from_steps(arrays, max_episode_steps=max_episode_steps)
 
     @classmethod
@@ -132,11 +140,17 @@ class OfflineDataset:
         """Transitions of a Minari set; none is lost at a truncation. See `minari_io.read_minari`."""
         from decathlon.dtql.minari_io import read_minari
 
-        return cls(**checked_arrays(read_minari(dataset, download=download), max_action=1.0))
+        return cls._from_transitions(checked_arrays(read_minari(dataset, download=download), max_action=1.0))
+
+    @classmethod
+    def _from_transitions(cls, arrays: Mapping[str, NDArray]) -> OfflineDataset:
+        warn_of_flags(arrays["terminals"], arrays.get("timeouts"))
+        return cls(**arrays)
 
     @classmethod
     def _from_steps(cls, raw: Mapping[str, NDArray], **rules: Any) -> OfflineDataset:
         keep, cut = kept_steps(raw, **rules)
+        warn_of_flags(raw["terminals"], cut)
         arrays = transitions_of(raw, keep)
         # the record of an episode stops where time ran out, or the following step was dropped
         stops = (cut | np.append(~keep[1:], False))[keep] & ~arrays["terminals"]
@@ -216,8 +230,9 @@ class OfflineDataset:
 
     def with_tuned_rewards(self, mode: str) -> OfflineDataset:
         """The same transitions with rewards by `tune_rewards`."""
-        rewards = tune_rewards(self.rewards, mode, terminals=self.terminals, timeouts=self.timeouts)
-        return replace(self, rewards=rewards)
+        ends = np.zeros(len(self), bool)
+        ends[self.episode_ends()] = True  # also those that no flag tells
+        return replace(self, rewards=tune_rewards(self.rewards, mode, terminals=self.terminals, timeouts=ends))
 
     def describe(self) -> dict[str, int | float]:
         """Sizes, returns and ranges, as plain numbers.

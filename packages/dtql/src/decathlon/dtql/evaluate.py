@@ -36,7 +36,7 @@ class Agent(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EvalResult:
     """Outcome of an evaluation.
 

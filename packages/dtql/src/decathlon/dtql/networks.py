@@ -61,9 +61,7 @@ def mish(x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return F.mish(x)
-    # The compiler joins the operations and finds the gradient itself. torch.func could take the function above only in
-    # a form that looks its arguments up by name at every call, which for small layers costs a third of their time.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():  # the compiler joins the operations and finds the gradient itself
         e = x.clamp(max=MISH_LINEAR_FROM).exp()
         n = e * (e + 2.0)
         return x * (n / (n + 2.0))
@@ -232,6 +230,10 @@ class TwinQ(nn.Module):
             both = torch.cat((obs, action), dim=-1)
             return self.q1_model(both), self.q2_model(both)
         return _split_input(self.q1_model, obs, action), _split_input(self.q2_model, obs, action)
+
+    def q1(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Q1 alone, for obs and action of equal leading axes, [..., 1]."""
+        return self.q1_model(torch.cat((obs, action), dim=-1))
 
     def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
         """min(Q1, Q2), [..., 1]; the gradient reaches the action."""

@@ -40,7 +40,7 @@ ARTANH_MARGIN = 1e-3
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
 
-class TwinQ(Protocol):
+class QFunctions(Protocol):
     """Two action values: `critic(obs, action)` -> (q1, q2) and their minimum, each [B, 1]."""
 
     def __call__(self, obs: Tensor, action: Tensor, /) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ class TwinQ(Protocol):
         """min(Q1, Q2)."""
 
 
-class Critic(TwinQ, Protocol):
+class Critic(QFunctions, Protocol):
     """Two action values with a state value `critic.v(obs)` [B, 1]."""
 
     def v(self, obs: Tensor, /) -> Tensor:
@@ -201,7 +201,7 @@ def diffusion_loss(
         max_action: bound of the denoised action, or None.
 
     Returns:
-        Scalar: the mean over rows and action dimensions.
+        The mean over rows and action dimensions: a scalar, or [...] with further axes [...] before B.
     """
     _check_shape("noise", noise, action.shape)
     denoised, c_out = _denoise(net, action + _column(sigma, action) * noise, obs, sigma, sigma_data, max_action)
@@ -254,7 +254,7 @@ def kl_distillation_loss(
         max_action: bound of the denoised action, or None.
 
     Returns:
-        Scalar.
+        Scalar, or [...] with further axes.
     """
     _check_shape("noise", noise, action.shape)
     with torch.no_grad():
@@ -306,11 +306,18 @@ def tanh_gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor, *, max
 
 
 def entropy_loss(log_prob: Tensor) -> Tensor:
-    """L_ent = -mean log pi(a | s) over actions of the data: a likelihood term, called entropy in arXiv 2405.19690."""
+    """L_ent = -mean log pi(a | s) over actions of the data: a likelihood term, called entropy in arXiv 2405.19690.
+
+    Args:
+        log_prob: log pi(a | s) [B, 1].
+
+    Returns:
+        Scalar, or [...] with further axes.
+    """
     return -_mean(log_prob)
 
 
-def q_loss(critic: TwinQ, obs: Tensor, action: Tensor) -> Tensor:
+def q_loss(critic: QFunctions, obs: Tensor, action: Tensor) -> Tensor:
     """L_q = -mean min(Q1, Q2)(s, a), the policy's value term, not scaled by |Q| (arXiv 2405.19690).
 
     Args:
@@ -319,7 +326,7 @@ def q_loss(critic: TwinQ, obs: Tensor, action: Tensor) -> Tensor:
         action: action of the policy [B, A]; the gradient reaches it.
 
     Returns:
-        Scalar.
+        Scalar, or [...] with further axes.
     """
     return -_mean(critic.q_min(obs, action))
 
@@ -337,7 +344,7 @@ def policy_loss(
         entropy_weight: weight >= 0 of the likelihood term.
 
     Returns:
-        Scalar.
+        Scalar, or [...] with further axes.
 
     Raises:
         ValueError: if a weight is negative.
@@ -407,7 +414,7 @@ def critic_loss(
     *,
     discount: float = 0.99,
     expectile: float = 0.7,
-    target_critic: TwinQ | None = None,
+    target_critic: QFunctions | None = None,
 ) -> Tensor:
     """L_V + L_Q of in-sample Q-learning (arXiv 2110.06169, as used by arXiv 2405.19690).
 
@@ -429,7 +436,7 @@ def critic_loss(
             network.
 
     Returns:
-        Scalar.
+        Scalar, or [...] with further axes.
     """
     _check_shape("next_obs", next_obs, obs.shape)
     q1, q2 = critic(obs, action)
@@ -490,7 +497,7 @@ def ddpm_loss(net: Network, action: Tensor, obs: Tensor, t: Tensor, noise: Tenso
         n_timesteps: T.
 
     Returns:
-        Scalar.
+        Scalar, or [...] with further axes.
     """
     _check_rows("action", action, obs)
     return _mean_square(net(ddpm_noisy_action(action, t, noise, n_timesteps=n_timesteps), t, obs), noise)
@@ -560,7 +567,7 @@ def normalized_q_loss(q: Tensor, reference_q: Tensor) -> Tensor:
         reference_q: values that set the scale [B, 1].
 
     Returns:
-        Scalar.
+        Scalar, or [...] with further axes.
     """
     return -_mean(q) / _mean(reference_q.detach().abs())
 
@@ -581,28 +588,27 @@ def diffusion_ql_loss(bc_loss: Tensor, q: Tensor, reference_q: Tensor, *, eta: f
         eta: weight of the value term, >= 0.
 
     Returns:
-        Scalar.
+        Scalar, or [...] with further axes.
     """
     if not eta >= 0:
         raise ValueError(f"eta must be >= 0, got {eta}")
     return bc_loss + eta * normalized_q_loss(q, reference_q)
 
 
-def td3_bc_loss(q: Tensor, policy_action: Tensor, action: Tensor, *, alpha: float = 2.5) -> Tensor:
-    """L = -lambda mean Q1(s, pi(s)) + mean (pi(s) - a)^2, lambda = alpha / stopgrad(mean |Q1|) (arXiv 2106.06860).
+def td3_bc_loss(bc_loss: Tensor, q: Tensor, *, alpha: float = 2.5) -> Tensor:
+    """L = L_bc - lambda mean Q1(s, pi(s)), lambda = alpha / stopgrad(mean |Q1|) (arXiv 2106.06860).
 
     Args:
-        q: Q1 of the policy's actions [B, 1].
-        policy_action: pi(s) [B, A].
-        action: action of the data [B, A].
+        bc_loss: `behavior_cloning_loss` of the policy's actions, scalar.
+        q: Q1 of the same actions [B, 1].
         alpha: weight of the value term, >= 0.
 
     Returns:
-        Scalar.
+        Scalar, or [...] with further axes.
     """
     if not alpha >= 0:
         raise ValueError(f"alpha must be >= 0, got {alpha}")
-    return alpha * normalized_q_loss(q, q) + behavior_cloning_loss(policy_action, action)
+    return bc_loss + alpha * normalized_q_loss(q, q)
 
 
 def smoothed_target_action(

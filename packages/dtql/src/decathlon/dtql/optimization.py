@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-Network = TypeVar("Network", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def make_adam(*groups: tuple[nn.Module, float]) -> Adam:
@@ -49,7 +49,7 @@ class Frozen:
             parameter.requires_grad = grad
 
 
-def target_of(network: Network) -> Network:
+def target_of(network: Module) -> Module:
     """A copy for a target network: it takes no gradient."""
     return copy.deepcopy(network).requires_grad_(False)
 

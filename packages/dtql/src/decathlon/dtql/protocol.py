@@ -186,12 +186,7 @@ class Cell:
 
 def plan(recipe: Recipe) -> list[Cell]:
     """The cells of a recipe, the longest first."""
-    cells = [
-        Cell(part.task, method, seed)
-        for part in recipe.parts
-        for method in part.methods
-        for seed in part.seeds
-    ]
+    cells = [Cell(part.task, method, seed) for part in recipe.parts for method in part.methods for seed in part.seeds]
     for panel in recipe.bandits:
         setting, _, method = panel.rpartition("/")
         cells += [Cell(setting, method, seed) for seed in recipe.bandit_seeds]

@@ -26,7 +26,7 @@ Curve = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SeedScores:
     """Scores of a run.
 
     Attributes:
@@ -83,7 +83,7 @@ def check_seeds(run: Run) -> None:
             raise UserError(f"{run.folder(seed)} holds a run of other options: {shown}; choose another output")
 
 
-def conclude(run: Run, curves: Mapping[int, Curve], seconds: float) -> Outcome | None:
+def conclude(run: Run, curves: Mapping[int, Curve], seconds: float) -> SeedScores | None:
     """Write records.jsonl and results.md over all seeds in the run directory that are finished.
 
     Args:
@@ -116,7 +116,7 @@ def conclude(run: Run, curves: Mapping[int, Curve], seconds: float) -> Outcome |
     of_d4rl = not run.made_up and c.minari is None and c.npz is None and c.env in D4RL_REGISTRY
     title = f"{c.agent} on {c.env or c.data or c.minari or c.npz}, {run.schedule.steps} training steps"
     notes = _notes(run, metric, unfinished)
-    outcome = Outcome(title, metric, list(scores), last, best, c.paper_score if of_d4rl else None, notes)
+    outcome = SeedScores(title, metric, list(scores), last, best, c.paper_score if of_d4rl else None, notes)
     if metric is not None:
         path = run.output / "records.jsonl"
         before = sum(record.seconds for record in read_records(path)[:1]) if path.is_file() else 0.0

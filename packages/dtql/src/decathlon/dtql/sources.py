@@ -49,13 +49,17 @@ def read_data(
     """Transitions of the one source that is named: an HDF5 file, a Minari set, an npz file, else the D4RL set `env`.
 
     Raises:
-        UserError: If no source or several are named.
+        UserError: If no source or several are named, or `max_action` is given for a Minari set.
         KeyError, ValueError, OSError, ImportError: As the readers of `OfflineDataset`.
     """
     named = [name for name, value in {"data": data, "minari": minari, "npz": npz}.items() if value is not None]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)} are both sources of data: give one")
     if minari is not None:
+        if max_action != 1.0:
+            raise UserError(
+                f"max_action {max_action:g}: the actions of a Minari set are mapped to [-1, 1]; leave max_action out"
+            )
         return OfflineDataset.from_minari(minari, download=True)
     if npz is not None:
         arrays: dict[str, Any] = read_npz(npz)

@@ -16,7 +16,7 @@ from torch.optim import Adam
 
 from decathlon.dtql.base import OfflineAgent
 from decathlon.dtql.batch import Batch
-from decathlon.dtql.checks import check_integer
+from decathlon.dtql.fitting import check_counts, check_data, log_losses, sampler_of
 from decathlon.shared.progress import progress
 
 Agent = OfflineAgent[Any]
@@ -48,14 +48,12 @@ def fit_stacked(
         ValueError: If the agents are not alike, or as `fit`.
         FloatingPointError: If a loss is not finite.
     """
-    for name, count, least in (("steps", steps, 0), ("pretrain_steps", pretrain_steps, 0)):
-        check_integer(name, count, least)
-    check_integer("batch_size", batch_size, 1)
-    check_integer("log_every", log_every, 1)
+    check_counts(0, steps=steps, pretrain_steps=pretrain_steps)
+    check_counts(1, batch_size=batch_size, log_every=log_every)
     _check_alike(agents)
     first, total = agents[0], pretrain_steps + steps
-    first._check_fit(dataset, steps)
-    sampler = first._sampler(dataset)
+    check_data(first, dataset, steps)
+    sampler = sampler_of(first, dataset)
     stack = _stack(agents)
     try:
         for i in progress(range(total), desc=f"{len(agents)} x {type(first).__name__}", unit="step"):
@@ -72,7 +70,7 @@ def fit_stacked(
                 losses |= stack._diagnose(batch)
                 for k, agent in enumerate(agents):
                     try:
-                        agent._log({name: loss[k] for name, loss in losses.items()}, phase, step)
+                        log_losses(agent, {name: loss[k] for name, loss in losses.items()}, phase, step)
                     except FloatingPointError as error:
                         raise FloatingPointError(f"seed {agent.seed}: {error}") from error
     finally:

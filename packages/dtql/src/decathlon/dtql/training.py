@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gymnasium.spaces import flatdim
 
 from decathlon.dtql.base import OfflineAgent
 from decathlon.dtql.baselines import AGENTS, load_agent
 from decathlon.dtql.checkpoint import clear_rests
 from decathlon.dtql.d4rl import normalized_score
 from decathlon.dtql.data import OfflineDataset
-from decathlon.dtql.environments import make_vec_env, resolve
+from decathlon.dtql.environments import check_fit, make_vec_env
 from decathlon.dtql.evaluate import EvalResult, evaluate
 from decathlon.dtql.parallel import meet, seed_for_rank, world_size
-from decathlon.dtql.scores import Curve, Outcome, check_seeds, conclude, figure_of
+from decathlon.dtql.scores import Curve, SeedScores, check_seeds, conclude, figure_of
 from decathlon.dtql.settings import Run, TrainConfig, agent_settings, evaluation_episodes, schedule
 from decathlon.dtql.sources import made_up_data, made_up_environment, read_data
 from decathlon.dtql.workers import run_all
@@ -36,7 +35,7 @@ AGENT_FOLDER = "agent"
 EVALUATION_SEED_OFFSET = 100  # the paper's: the simulator's seed is the training's plus this
 
 
-def train(config: TrainConfig) -> Outcome | None:
+def train(config: TrainConfig) -> SeedScores | None:
     """Train an agent for each seed in a run directory.
 
     Returns:
@@ -196,15 +195,12 @@ def _check_simulator(run: Run, dataset: OfflineDataset) -> None:
         return
     env = make_vec_env(run.config.env, 1)
     env.close()
-    simulator = flatdim(env.single_observation_space), flatdim(env.single_action_space)
-    data = dataset.observations.shape[1], dataset.actions.shape[1]
-    if simulator != data:
-        name, _ = resolve(run.config.env)
+    try:
+        check_fit(env, run.config.env, "the data have", (dataset.observations.shape[1], dataset.actions.shape[1]))
+    except ValueError as error:
         raise UserError(
-            f"{name} has {simulator[0]} observations and {simulator[1]} actions, "
-            f"the data have {data[0]} and {data[1]}: give the --env that they are from, or --eval_episodes 0 to train "
-            "without a simulator"
-        )
+            f"{error}: give the --env that they are from, or --eval_episodes 0 to train without a simulator"
+        ) from error
 
 
 def _evaluate(run: Run, agent: OfflineAgent[Any], seed: int) -> EvalResult:

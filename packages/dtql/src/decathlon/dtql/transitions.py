@@ -181,6 +181,9 @@ def checked_arrays(raw: Mapping[str, ArrayLike], max_action: float) -> dict[str,
             f"observations {observations.shape} and actions {actions.shape} must be (N, S) and (N, A); "
             "give one-dimensional ones as (N, 1)"
         )
+    for key in ("observations", "actions"):
+        if arrays[key].shape[1] == 0:
+            raise ValueError(f"{key} {arrays[key].shape} have no column: give at least one number in a row")
     _check_lengths(arrays)
     if "next_observations" in arrays and arrays["next_observations"].shape != observations.shape:
         raise ValueError(
@@ -202,7 +205,6 @@ def checked_arrays(raw: Mapping[str, ArrayLike], max_action: float) -> dict[str,
             f"actions: the largest absolute value is {largest:g}, above max_action {max_action:g}; "
             "rescale the actions or give max_action"
         )
-    _warn_of_flags(arrays["terminals"], arrays.get("timeouts"))
     return arrays
 
 
@@ -237,8 +239,8 @@ def _float_dtype(array: NDArray) -> np.dtype:
     return np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
 
 
-def _warn_of_flags(terminals: Flags, timeouts: Flags | None) -> None:
-    """Warn where the flags look as if they did not mean what they are named."""
+def warn_of_flags(terminals: Flags, timeouts: Flags | None) -> None:
+    """Warn the reader's caller where the flags (N,) look as if they did not mean what they are named."""
     if timeouts is not None and timeouts.any():
         return
     if not terminals.any():
