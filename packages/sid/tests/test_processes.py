@@ -41,7 +41,8 @@ def trainer(accelerator=None, **options):
 
 def save(t, path):
     nets = {"generator": t.generator, "fake_score": t.fake_score, "ema": t.ema, "teacher": t.teacher}
-    save_file({f"{n}.{k}": v.clone().contiguous() for n, net in nets.items() for k, v in net.state_dict().items()}, path)
+    states = {name: net.state_dict() for name, net in nets.items()}
+    save_file({f"{n}.{k}": v.clone().contiguous() for n, state in states.items() for k, v in state.items()}, path)
 
 
 if task == "steps":
