@@ -386,7 +386,7 @@ def test_optimisers_and_average(records: list[Record]) -> None:
     def own() -> None:
         for part, net in enumerate((ours.fake_score, ours.generator)):
             given(net)
-            ours._update(part, usable)
+            ours.learners[part].update(usable)
         ours._average()
 
     given_times, their_times, own_times = blocks(5, given_only, theirs, own)

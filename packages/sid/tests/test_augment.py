@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from decathlon.sid import augment
 from decathlon.sid.augment import PARAMETERS, AugmentPipe, inverse_transform
@@ -133,6 +135,25 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     out, labels = AugmentPipe(1.0)(images.to(dtype), params)
     assert out.dtype == dtype and labels.dtype == torch.float32
     torch.testing.assert_close(out.float(), want, rtol=0, atol=1e-5 if dtype == torch.float64 else 0.05)
+
+
+def test_nothing_is_copied_to_the_device() -> None:
+    """On an accelerator a copy from the host would wait for it."""
+
+    class Copies(TorchDispatchMode):
+        found: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            tensors = [tensor for tensor in pytree.tree_leaves((args, out)) if isinstance(tensor, Tensor)]
+            self.found.extend(str(func) for tensor in tensors if tensor.device.type != "meta")
+            return out
+
+    images = picture().to("meta")
+    params = {name: value.to("meta") for name, value in still(2).items()}
+    with Copies() as copies:
+        out, labels = AugmentPipe(1.0)(images, params)
+    assert out.shape == images.shape and labels.shape == (2, 9) and not copies.found
 
 
 def test_errors() -> None:

@@ -24,12 +24,14 @@ from decathlon.sid import (
     EDMPrecond,
     SiDConfig,
     SiDPipeline,
+    cli,
     inspect_edm_pickle,
     load_edm_pickle,
     seeded_latents,
     to_uint8,
 )
 from decathlon.sid.cli import main
+from decathlon.sid.pickles import PersistentObject
 from decathlon.sid.sources import load_pipeline
 from decathlon.sid.training import TrainConfig
 
@@ -260,6 +262,48 @@ def test_convert_and_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     stored = inspect_edm_pickle(PICKLE)["ema"]
     for words in ("EDMPrecond", stored.source_sha256, "img_resolution", *list(stored.state_dict())[:3]):
+        assert words in printed
+
+
+def plain_pickle(path: str, entries: bytes) -> str:
+    Path(path).write_bytes(b"\x80\x04}" + entries + b".")
+    return path
+
+
+def text_of_pickle(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogatepass")
+    return b"X" + len(data).to_bytes(4, "little") + data
+
+
+@pytest.mark.parametrize("key", ["\x1b]0;owned\x07\x1b[2Jema", "\ud800", "\u202ename", "two\nlines"])
+def test_inspect_writes_nothing_that_a_terminal_obeys(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    value = b"]" + text_of_pickle("\x1b[31m") + b"a"
+    file = plain_pickle("odd.pkl", text_of_pickle(key) + b"Ns" + text_of_pickle("list") + value + b"s")
+    assert main(["inspect", file]) == 0
+    printed = capsys.readouterr().out
+    assert key.encode("unicode_escape").decode() in printed and "list: ['\\x1b[31m']" in printed
+    assert printed.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["convert"], ["generate"]])
+def test_errors_write_nothing_that_a_terminal_obeys(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("odd.pkl").write_bytes(b"\x80\x04c\x1b[31mevil\nx\n.")
+    assert main([*command, "odd.pkl", *(["out"] if command == ["convert"] else [])]) == 2
+    err = capsys.readouterr().err
+    assert r"it asks for \x1b[31mevil.x" in err and err.count("\n") == 1 and err.strip().isprintable()
+
+
+def test_inspect_of_a_network_with_odd_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = PersistentObject(
+        "Net\x1b[2J", ("\x1b[0m",), {"option\x07": "\x1bc", "bytes": b"\x1b[1m"}, {"w\x1b": torch.zeros(2)}, "0" * 64
+    )
+    monkeypatch.setattr(cli, "inspect_edm_pickle", lambda _: {"ema": stored, "nested": [stored]})
+    assert main(["inspect", "any.pkl", "--tensors"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.replace("\n", "").isprintable()
+    for words in (r"Net\x1b[2J", r"option\x07", r"w\x1b", r"PersistentObject(Net\x1b[2J", r"b'\x1b[1m'"):
         assert words in printed
 
 

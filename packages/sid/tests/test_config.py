@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 
 from decathlon.sid.config import SiDConfig, TeacherConfig
@@ -28,6 +29,17 @@ def test_betas_become_floats() -> None:
     values: Any = [0, 0.5]
     assert SiDConfig(betas=values).betas == (0.0, 0.5)
     assert [type(beta) for beta in SiDConfig(g_betas=values).g_betas] == [float, float]
+
+
+def test_numbers_of_numpy_become_plain() -> None:
+    values: Any = {"batch_size": np.int64(64), "lr": np.float32(1e-4), "tmax": np.int32(800), "seed": np.uint8(3)}
+    values |= {"eps": np.float64(1e-6), "label_probs": np.array([1, 0]), "P_mean": -1}
+    config = SiDConfig(**values)
+    assert json.loads(json.dumps(asdict(config)))["label_probs"] == [1.0, 0.0]
+    assert (config.batch_size, config.tmax, config.seed, config.P_mean) == (64, 800, 3, -1)
+    assert config.lr == pytest.approx(1e-4) and type(config.lr) is float and type(config.eps) is float
+    given: Any = np.int64(5)
+    assert type(TeacherConfig(steps=given).steps) is int
 
 
 def test_steps_are_rounded_up() -> None:
@@ -63,6 +75,10 @@ def test_steps_are_rounded_up() -> None:
         {"sigma_dist": "uniform"},
         {"label_probs": [0.5, 0.6]},
         {"label_probs": []},
+        {"label_probs": ["a", "b"]},
+        {"label_probs": 1.0},
+        {"keep_last": True},
+        {"lr": np.float32("nan")},
         {"fake_steps_per_generator_step": 0},
         {"snapshot_kimg": 0},
         {"alpha": "1.2"},
@@ -79,8 +95,6 @@ def test_fields_that_do_not_go_together() -> None:
         SiDConfig(batch_gpu=48)
     with pytest.raises(ValueError, match="weighting"):
         SiDConfig(weighting="none")
-    with pytest.raises(ValueError, match="share_generator_forward"):
-        SiDConfig(share_generator_forward=True, batch_gpu=16)
 
 
 def test_what_decides_the_course_of_a_training() -> None:

@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decathlon.sid.evaluate import FrechetEvaluator, FrechetResult, extract_features
+from decathlon.sid.evaluate import (
+    FrechetEvaluator,
+    FrechetResult,
+    extract_features,
+    generated_features,
+    read_statistics,
+)
 from decathlon.sid.features import DigitsFeatures
 from decathlon.sid.metrics import feature_stats, frechet_distance
 from decathlon.sid.networks import EDMPrecond
@@ -126,6 +132,42 @@ def test_classes_are_drawn_uniformly_or_as_given() -> None:
     assert drawn.mean(0).tolist() == pytest.approx([0.0, 0.5, 0.5, 0.0], abs=0.1) and not drawn[:, 0].any()
 
 
+@pytest.mark.parametrize("probs", [[0.1, 0.2, 0.0, 0.7], [1, 2, 0, 7]])
+def test_classes_of_given_probabilities_come_of_the_seed_alone(probs: list[float]) -> None:
+    drawn = {}
+    for seeds, batch_size in ((range(9), 2), (range(9), 3), (range(9), 9), ([8, 3, 0], 2)):
+        net = Blur(label_dim=4)
+        generated_features(net, Corners(), seeds, batch_size=batch_size, label_probs=probs)
+        for seed, label in zip(seeds, torch.cat(net.labels), strict=True):
+            assert drawn.setdefault(seed, int(label.argmax())) == int(label.argmax()), (seed, batch_size)
+    net = Blur(label_dim=4)
+    generated_features(net, Corners(), range(4000), label_probs=probs)
+    labels = torch.cat(net.labels)
+    assert labels.mean(0).tolist() == pytest.approx([0.1, 0.2, 0.0, 0.7], abs=0.02) and not labels[:, 2].any()
+    latents, _ = seeded_latents(range(4000), (1, 8, 8))
+    correlation = torch.corrcoef(torch.stack([latents[:, 0, 0, 0], labels[:, 3]]))[0, 1]
+    assert abs(float(correlation)) < 0.06  # classes tell nothing of the images
+
+
+def test_every_part_of_a_network_is_left_in_its_mode() -> None:
+    net = Blur().train()
+    net.part, net.other = nn.Dropout().eval(), nn.Dropout()
+    generated_features(net, Corners(), range(4), batch_size=2)
+    assert (net.training, net.part.training, net.other.training) == (True, False, True)
+    net.value = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        generated_features(net, Corners(), range(4))
+    assert (net.training, net.part.training, net.other.training) == (True, False, True)
+
+
+def test_features_are_those_of_the_evaluator() -> None:
+    evaluator = FrechetEvaluator(Corners(), real_images(), batch_size=7)
+    features = generated_features(Blur(), Corners(), range(20))
+    assert torch.equal(features, evaluator.features(Blur(), range(20)))
+    mean, covariance = read_statistics({"mu": [0.0] * 4, "sigma": np.eye(4)})
+    assert mean.dtype == covariance.dtype == torch.float64 and covariance.shape == (4, 4)
+
+
 def test_agreement_with_torchmetrics() -> None:
     image = pytest.importorskip("torchmetrics.image.fid")
     real = real_images()
@@ -161,6 +203,9 @@ def test_errors(tmp_path: Path) -> None:
         FrechetEvaluator(Corners(), real[:1])
     with pytest.raises(ValueError, match="there are no images"):
         FrechetEvaluator(Corners(), [])
+    for probs, message in (([0.5, 0.5], "label_probs has 2 entries"), ([1.5, -0.5, 0.0], "must be probabilities")):
+        with pytest.raises(ValueError, match=message):
+            FrechetEvaluator(Corners(), real, label_probs=probs)(Blur(label_dim=3), 10)
     with pytest.warns(UserWarning, match="3 samples for 4 features"):
         evaluator(Blur(), 3)
     with pytest.raises(FileNotFoundError, match=r"absent\.npz: no such file; give an npz file with mu and sigma"):

@@ -376,6 +376,7 @@ class TestErrors:
             (3, torch.zeros(2, 4), r"width 4, but the network has label_dim = 3"),
             (3, torch.tensor([0, 3]), r"must lie in \[0, 2\] \(label_dim = 3\), got 0 to 3"),
             (3, torch.tensor([-1, 0]), r"got -1 to 0"),
+            (3, torch.ones(3, dtype=torch.bool), r"got bool \[3\]"),
             (3, torch.zeros(3), r"rows \[N, 3\] or integer ids \[N\], got float32 \[3\]"),
             (3, torch.zeros(2, 1, 3), r"got float32 \[2, 1, 3\]"),
             (3, torch.zeros(4, 3), "class_labels have 4 rows, but there are 2 images"),

@@ -49,17 +49,18 @@ if task == "steps":
     accelerator = Accelerator(cpu=True)
     t = trainer(accelerator)
     losses = [t.step() for _ in range(3)]
+    trainer(accelerator, batch_gpu=8 // accelerator.num_processes, share_generator_forward=True).step()
     if accelerator.is_main_process:
         save(t, folder / f"{accelerator.num_processes}.safetensors")
         print([[float(loss) for loss in pair.values()] for pair in losses])
 elif task == "accelerate":
     accelerator = Accelerator(cpu=True)
-    t = trainer(accelerator)
+    t = trainer(accelerator, total_kimg=0.024)  # short, so that the cosine falls
     t.step()
     accelerator.save_state(str(folder / "state"))
     t.step()
     save(t, folder / "whole.safetensors")
-    other = trainer(accelerator := Accelerator(cpu=True))
+    other = trainer(accelerator := Accelerator(cpu=True), total_kimg=0.024)
     accelerator.load_state(str(folder / "state"))
     assert other.nimg == 8
     other.step()

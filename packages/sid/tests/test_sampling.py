@@ -64,6 +64,16 @@ def test_heun(arrays: dict[str, Any], net: EDMPrecond) -> None:
         assert relative(images, arrays[f"heun_{steps}"]) < 1e-4
 
 
+def test_class_ids_are_read_once(arrays: dict[str, Any], net: EDMPrecond) -> None:
+    if not net.label_dim:
+        pytest.skip("the golden network has no classes")
+    z, ids = torch.from_numpy(arrays["latents"]), torch.from_numpy(arrays["classes"])
+    seen: list[int] = []
+    net.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2].ndim))
+    assert torch.equal(edm_sampler(net, z, ids, num_steps=2), edm_sampler(net, z, one_hot(arrays, net), num_steps=2))
+    assert set(seen) == {2}
+
+
 def test_churn(arrays: dict[str, Any], net: EDMPrecond) -> None:
     options = json.loads(str(arrays["churn"]))
     z, noise = torch.from_numpy(arrays["latents"]), torch.from_numpy(arrays["churn_noise"])
@@ -142,6 +152,12 @@ def test_what_a_pipeline_returns() -> None:
     latents = torch.randn(1, 3, 8, 8)
     expected = sample_one_step(pipe.generator, latents)
     assert torch.allclose(pipe(latents=latents, output_type="pt").images, expected, atol=1e-6)
+
+
+def test_a_generator_that_diffusers_cannot_save_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"OnePoint has no save_pretrained"):
+        SiDPipeline(OnePoint()).save_pretrained(tmp_path / "pipe")
+    assert not (tmp_path / "pipe").exists()
 
 
 def test_a_generator_for_each_image() -> None:

@@ -53,6 +53,13 @@ def test_the_same_seed_gives_the_same_teacher() -> None:
     assert not all(torch.equal(a, c) for a, _, c in pairs)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 150])
+def test_a_training_that_diverges_is_an_error(steps: int) -> None:
+    config = TeacherConfig(steps=steps, batch_size=4, lr=1e30, warmup_steps=0)
+    with pytest.raises(RuntimeError, match="diverged"):
+        train_teacher(net(), two_images(), config=config)
+
+
 @pytest.mark.parametrize(
     ("data", "labels", "label_dim", "text"),
     [

@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from torch import nn
 
 from decathlon.sid.augment import AugmentPipe
 from decathlon.sid.config import SiDConfig
+from decathlon.sid.denoisers import frozen, label_probabilities
 from decathlon.sid.draws import SiDDraws
 from decathlon.sid.networks import EDMPrecond
+from decathlon.sid.processes import Processes
 from decathlon.sid.trainer import SiDTrainer
+from decathlon.sid.training import summary
 
 SMALL = {
     "img_resolution": 8,
@@ -123,6 +127,28 @@ def test_the_teacher_is_neither_copied_without_need_nor_changed() -> None:
     assert learning.training and all(p.requires_grad for p in learning.parameters())
 
 
+def test_the_teacher_stays_on_its_device() -> None:
+    teacher = small_net()
+    assert frozen(teacher) is frozen(teacher, "cpu") is teacher
+    assert {p.device.type for p in frozen(teacher, "meta").parameters()} == {"meta"}
+    assert {p.device.type for p in teacher.parameters()} == {"cpu"}
+    teacher.model.enc.train()  # a part alone
+    assert not any(module.training for module in frozen(teacher).modules()) and teacher.model.enc.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_in_half_precision_teaches_float32_weights(dtype: torch.dtype) -> None:
+    teacher = small_net().to(dtype)
+    trainer = SiDTrainer(teacher, small_config(lr=1e-5, glr=1e-5))
+    for _ in range(3):
+        trainer.step()
+    assert trainer.teacher is teacher and teacher.dtype == dtype
+    assert {value.dtype for value in weights(trainer).values()} == {torch.float32}
+    start = dict(teacher.named_parameters())
+    moved = [(p != start[name].float()).flatten() for name, p in trainer.generator.named_parameters()]
+    assert float(torch.cat(moved).float().mean()) > 0.9
+
+
 def test_the_average_starts_at_the_generator_and_then_lags() -> None:
     trainer = SiDTrainer(small_net(), small_config(ema_rampup_ratio=0.5))
     trainer.step()
@@ -142,6 +168,15 @@ def test_draws_depend_on_seed_and_step_alone() -> None:
     assert [float(second.step()["generator_loss"]) for _ in range(3)] == losses
     assert float(other.step()["generator_loss"]) != losses[0]
     assert len(set(losses)) == 3
+
+
+def test_no_other_device_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(seed: int) -> None:
+        raise AssertionError("every GPU was seeded")
+
+    trainer = SiDTrainer(small_net(), small_config())
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    trainer.step()
 
 
 def test_dropout_acts_and_does_not_depend_on_the_caller() -> None:
@@ -168,6 +203,13 @@ def test_a_conditional_teacher() -> None:
     assert math.isfinite(float(trainer.step()["generator_loss"]))
 
 
+def test_probabilities_may_be_integers() -> None:
+    trainer = SiDTrainer(small_net(label_dim=3), small_config(label_probs=[1, 0, 0]))
+    assert math.isfinite(float(trainer.step()["generator_loss"]))
+    given: Any = [0, 1]
+    assert label_probabilities(given, 2).dtype == torch.float32  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("loss", ["sid", "diff_instruct"])
 def test_both_losses_train(loss: str) -> None:
     trainer = SiDTrainer(small_net(), small_config(loss=loss))
@@ -192,6 +234,24 @@ def test_a_shared_pass_saves_one_and_sees_the_same_latents() -> None:
     trainer.generator.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[0]))
     trainer.step()
     assert len(calls) == 3 and not torch.equal(calls[1], calls[2])
+
+
+def test_a_shared_pass_needs_a_single_round() -> None:
+    SiDTrainer(small_net(), small_config(share_generator_forward=True, batch_gpu=8)).step()
+    with pytest.raises(ValueError, match=r"share_generator_forward .* set it to 8"):
+        SiDTrainer(small_net(), small_config(share_generator_forward=True, batch_gpu=4))
+
+
+def test_how_a_batch_is_divided() -> None:
+    cpu = torch.device("cpu")
+    alone = Processes(None, cpu)
+    two = Processes(SimpleNamespace(num_processes=2, process_index=1, device=cpu), cpu)
+    assert [alone.rounds(8, size) for size in (None, 8, 2)] == [(8, 1), (8, 1), (2, 4)]
+    assert [two.rounds(8, size) for size in (None, 4, 2)] == [(4, 1), (4, 1), (2, 2)]
+    with pytest.raises(ValueError, match="2 processes, got 7"):
+        two.rounds(7, None)
+    with pytest.raises(ValueError, match=r"batch_gpu \(8\) times the 2 processes"):
+        two.rounds(8, 8)
 
 
 def test_more_steps_of_the_fake_score_network() -> None:
@@ -293,6 +353,34 @@ def test_what_is_no_denoiser() -> None:
         SiDTrainer(nn.Linear(2, 2))
 
 
+class Foreign(nn.Module):
+    """A denoiser that is none of diffusers' models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_net()
+        for name in ("img_resolution", "img_channels", "label_dim", "sigma_data", "sigma_min", "sigma_max"):
+            setattr(self, name, getattr(self.net, name))
+
+    def forward(self, *arguments: Any) -> torch.Tensor:
+        return self.net(*arguments)
+
+
+def test_a_foreign_module_is_trained_but_not_exported(tmp_path: Path) -> None:
+    teacher = Foreign().eval().requires_grad_(False)
+    with pytest.raises(TypeError, match=r"Foreign has no save_pretrained .* output_dir"):
+        SiDTrainer(teacher, small_config(output_dir=str(tmp_path / "run")))
+    trainer = SiDTrainer(teacher, small_config(total_kimg=0.016))
+    assert trainer.train().nimg == 16
+    with pytest.raises(TypeError, match=r"trainer.ema.state_dict"):
+        trainer.export(tmp_path / "pipe")
+    assert not any(tmp_path.iterdir())
+    trainer.save_checkpoint(tmp_path / "state")
+    again = SiDTrainer(teacher, small_config(total_kimg=0.016))
+    again.load_checkpoint(tmp_path / "state")
+    assert same(again.ema, trainer.ema)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -335,6 +423,18 @@ def test_a_run_leaves_log_checkpoint_and_pipelines(tmp_path: Path) -> None:
     assert {"last", "best"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
+@pytest.mark.parametrize(("figures", "best"), [([math.nan, 3.0, 2.0], 2.0), ([math.nan] * 3, None)])
+def test_an_evaluation_without_a_result_is_not_the_best(
+    tmp_path: Path, figures: list[float], best: float | None
+) -> None:
+    left = iter(figures)
+    config = small_config(total_kimg=0.024, eval_kimg=0.008, output_dir=str(tmp_path / "run"))
+    trainer = SiDTrainer(small_net(), config, evaluator=lambda net: next(left))
+    result = trainer.train()
+    assert result.best == best and (tmp_path / "run" / "best").exists() == (best is not None)
+    assert str(best if best is not None else "none").removesuffix(".0") in summary(result, trainer).splitlines()[-1]
+
+
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
     config = small_config(lr_schedule="cosine", snapshot_kimg=0.008)
 
@@ -369,6 +469,10 @@ def test_checkpoints_of_others_are_refused(tmp_path: Path) -> None:
         SiDTrainer(small_net(), small_config(alpha=1.0, tmax=600)).load_checkpoint(tmp_path / "state")
     with pytest.raises(ValueError, match="another teacher"):
         SiDTrainer(small_net(seed=1), small_config()).load_checkpoint(tmp_path / "state")
+    # the default is the whole share, which more processes would halve
+    SiDTrainer(small_net(), small_config(batch_gpu=8)).load_checkpoint(tmp_path / "state")
+    with pytest.raises(ValueError, match="another batch_gpu"):
+        SiDTrainer(small_net(), small_config(batch_gpu=4)).load_checkpoint(tmp_path / "state")
     (tmp_path / "state" / "ema.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"ema.safetensors is damaged"):
         SiDTrainer(small_net(), small_config()).load_checkpoint(tmp_path / "state")
@@ -376,3 +480,14 @@ def test_checkpoints_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "foreign" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="no training state"):
         trainer.save_checkpoint(tmp_path / "foreign")
+
+
+def test_a_checkpoint_of_another_augmentation_is_refused(tmp_path: Path) -> None:
+    pipes = [AugmentPipe(0.1), AugmentPipe(0.1, scale=0)]
+    saved, same_pipe, other = (
+        SiDTrainer(small_net(augment_dim=9), small_config(), augment_pipe=pipe) for pipe in (*pipes[:1] * 2, pipes[1])
+    )
+    saved.save_checkpoint(tmp_path / "state")
+    same_pipe.load_checkpoint(tmp_path / "state")
+    with pytest.raises(ValueError, match="another augment_pipe"):
+        other.load_checkpoint(tmp_path / "state")

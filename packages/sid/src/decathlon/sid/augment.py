@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -96,7 +96,8 @@ class AugmentPipe:
     ) -> dict[str, Tensor]:
         """Draw the parameters of n images, with zeros where a transform is left out.
 
-        Numbers on the CPU are best, also for images on a GPU: what is to be done is then known without waiting for it.
+        Numbers on the CPU save work, as the padding is then no larger than they need; but to move them to a GPU is to
+        wait for it, which numbers on the device of the images do not.
 
         Args:
             n: Number of images.
@@ -220,17 +221,17 @@ def _warp(images: Tensor, inverse: Tensor) -> Tensor:
     height, width = images.shape[2:]
     left, top, right, bottom = _margins(inverse, height, width)
     images = F.pad(images, [left, right, top, bottom], mode="reflect")
-    inverse = _matrix_like(inverse, _shift((left - right) / 2, (top - bottom) / 2)) @ inverse
-    taps = torch.tensor(_SYM6, dtype=images.dtype, device=images.device)
+    taps = _vector(images, _SYM6)
     for axis in (3, 2):
         images = _upsample(images, taps, axis)
-    to_double = _matrix_like(inverse, _shift(-0.5, -0.5) @ _stretch(2, 2))
-    inverse = to_double @ inverse @ _matrix_like(inverse, _stretch(0.5, 0.5) @ _shift(0.5, 0.5))
-
+    # `inverse` is in pixels; the grid counts from -1 to 1, and lies half an old pixel beside at doubled resolution
     shape = (2 * (height + 2 * _MARGIN), 2 * (width + 2 * _MARGIN))
-    to_unit = _matrix_like(inverse, _stretch(2 / images.shape[3], 2 / images.shape[2]))
-    inverse = to_unit @ inverse @ _matrix_like(inverse, _stretch(shape[1] / 2, shape[0] / 2))
-    theta = inverse[:, :2].to(images.device, images.dtype)
+    to_pixels = _affine(inverse, (shape[1] / 4, shape[0] / 4), (0.25, 0.25))
+    unit_x, unit_y = 2 / images.shape[3], 2 / images.shape[2]
+    to_units = _affine(
+        inverse, (2 * unit_x, 2 * unit_y), ((left - right - 0.5) * unit_x, (top - bottom - 0.5) * unit_y)
+    )
+    theta = (to_units @ inverse @ to_pixels)[:, :2].to(images.device, images.dtype)
     grid = F.affine_grid(theta, [*images.shape[:2], *shape], align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     for axis in (3, 2):
@@ -293,13 +294,11 @@ def _translation(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([one, zero, x, zero, one, y, zero, zero, one], dim=-1).reshape(-1, 3, 3)
 
 
-def _shift(x: float, y: float) -> Tensor:
-    return torch.tensor([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]])
+def _affine(like: Tensor, scale: tuple[float, float], shift: tuple[float, float]) -> Tensor:
+    """The matrix that scales, then shifts, [3, 3]."""
+    return _vector(like, (scale[0], 0, shift[0], 0, scale[1], shift[1], 0, 0, 1)).reshape(3, 3)
 
 
-def _stretch(x: float, y: float) -> Tensor:
-    return torch.diag(torch.tensor([float(x), float(y), 1.0]))
-
-
-def _matrix_like(batch: Tensor, matrix: Tensor) -> Tensor:
-    return matrix.to(batch)
+def _vector(like: Tensor, numbers: Iterable[float]) -> Tensor:
+    """Numbers of the host on the device of `like`, by fills: to copy them would wait for an accelerator."""
+    return torch.stack([like.new_full((), number) for number in numbers])

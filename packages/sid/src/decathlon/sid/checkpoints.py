@@ -12,7 +12,7 @@ from torch import Tensor
 
 from decathlon.sid.networks import EDMPrecond
 from decathlon.sid.pickles import PersistentObject, inspect_edm_pickle
-from decathlon.sid.unpickler import UnsafeCheckpointError
+from decathlon.sid.unpickler import UnsafeCheckpointError, printable, shown
 
 _MAX_REASON = 300
 _logger = logging.getLogger(__name__)
@@ -44,14 +44,16 @@ def load_edm_pickle(
     if not isinstance(stored, PersistentObject):
         raise UnsafeCheckpointError(f"{key!r} is no network but a {type(stored).__name__}")
     if stored.class_name != "EDMPrecond":
-        networks = [name for name, value in found.items() if getattr(value, "class_name", None) == "EDMPrecond"]
+        networks = [shown(name) for name, value in found.items() if getattr(value, "class_name", None) == "EDMPrecond"]
         hint = f"; networks are {', '.join(networks)}" if networks else ""
-        raise UnsafeCheckpointError(f"{key!r} is of class {stored.class_name}; only EDMPrecond can be read{hint}")
+        raise UnsafeCheckpointError(
+            f"{key!r} is of class {shown(stored.class_name)}; only EDMPrecond can be read{hint}"
+        )
     _tell_licence()
     try:
         net = _build(stored, _weights(stored), strict)
     except Exception as error:  # arguments of any kind and size may have been written into the file
-        reason = " ".join(str(error).split())[:_MAX_REASON]
+        reason = printable(" ".join(str(error).split())[:_MAX_REASON])
         raise UnsafeCheckpointError(f"{key!r} describes no network that can be built: {reason}") from error
     return net.eval().requires_grad_(False)
 

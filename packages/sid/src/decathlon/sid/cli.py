@@ -30,8 +30,10 @@ from decathlon.sid.pipeline import SiDPipeline
 from decathlon.sid.sources import load_pipeline
 from decathlon.sid.training import TrainConfig
 from decathlon.sid.trials import find_extractor, find_reference, measure, sampler
+from decathlon.sid.unpickler import printable, shown
 
 _POSITIONAL = {"convert": ("model", "output"), "inspect": ("model",), "generate": ("model",), "evaluate": ("model",)}
+_MAX_SHOWN = 500  # characters of a value
 
 
 @dataclass
@@ -210,22 +212,23 @@ def inspect(config: InspectConfig) -> None:
     with _user_errors():
         found = inspect_edm_pickle(Path(config.model))
     for key, value in found.items():
+        name = shown(key)  # the file may be hostile
         if not isinstance(value, PersistentObject):
-            print(f"{key}: {value!r:.500}\n")
+            print(f"{name}: {_shortened(value)}\n")
             continue
         tensors = value.state_dict()
         rows: list[tuple[str, Any]] = [
-            ("class", value.class_name),
+            ("class", shown(value.class_name)),
             ("tensors", len(tensors)),
             ("values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
             ("sha256 of its code", value.source_sha256),
-            *((f"  {name}", argument) for name, argument in value.init_kwargs.items()),
+            *((f"  {shown(option)}", _shortened(given)) for option, given in value.init_kwargs.items()),
         ]
         if value.init_args:
-            rows.append(("arguments", value.init_args))
-        print(f"{key}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}")
+            rows.append(("arguments", _shortened(value.init_args)))
+        print(f"{name}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}")
         if config.tensors:
-            listed = [(n, str(list(t.shape)), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()]
+            listed = [(shown(n), str(list(t.shape)), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()]
             print(tabulate(listed, tablefmt="plain", disable_numparse=True))
         print()
 
@@ -259,6 +262,11 @@ def _init_sigma(given: float | None, pipeline: Any) -> float:
     return sigma
 
 
+def _shortened(value: object) -> str:
+    """What a checkpoint holds, fit for a terminal."""
+    return printable(" ".join(repr(value)[:_MAX_SHOWN].split()))
+
+
 def _at_least(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
@@ -286,12 +294,12 @@ def _user_errors() -> Iterator[None]:
             raise
         except (ValueError, TypeError, KeyError, ImportError) as error:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            raise UserError(" ".join(str(text).split())) from error
+            raise UserError(printable(" ".join(str(text).split()))) from error
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _arguments(argv: Sequence[str]) -> list[str]:

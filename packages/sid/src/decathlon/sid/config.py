@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal
 
 _NO_MATTER = ("output_dir", "snapshot_kimg", "eval_kimg", "log_kimg", "keep_last")  # for the course of the training
@@ -27,7 +28,7 @@ class SiDConfig:
     batch_size: int = 256
     """Images in an optimiser step, over all processes (paper: 256 for CIFAR-10, 512 at 64x64, 8192 for ImageNet)."""
     batch_gpu: int | None = None
-    """Images at a time on one device; the rest of its share follows in further rounds. None: all at once."""
+    """Images at a time on one device: a round, in units of which numbers are drawn. None: its share, in one round."""
     lr: float = 1e-5
     """Learning rate of the fake score network."""
     glr: float = 1e-5
@@ -55,7 +56,7 @@ class SiDConfig:
     augment_p: float = 0.0
     """Probability of each augmentation in the fake score step, for EDM teachers trained so (0.12 CIFAR, 0.15 64x64)."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the networks' products. fp16 has no gradient scaler: loss_scaling does its work."""
+    """Precision of the products, unless the teacher has use_fp16. fp16 has no scaler: loss_scaling does its work."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """cosine is beyond the paper: it helps short trainings."""
     lr_min_ratio: float = 0.1
@@ -67,7 +68,7 @@ class SiDConfig:
     weighting: Literal["l1", "none"] | None = None
     """diff_instruct: 1 / mean |x - teacher's x|, as for sid, or 1. None: 1."""
     share_generator_forward: bool = False
-    """Beyond the paper: one pass of the generator serves both networks' steps (saves a tenth, both see the same z)."""
+    """Beyond the paper: one pass of the generator serves both steps (saves a tenth, same z). Needs a single round."""
     fake_steps_per_generator_step: int = 1
     """Steps of the fake score network for one of the generator."""
     label_probs: list[float] | None = None
@@ -108,10 +109,8 @@ class SiDConfig:
             raise ValueError("weighting 'none' is for loss='diff_instruct': SiD's loss has the weight in it")
         if self.batch_gpu is not None and self.batch_size % self.batch_gpu:
             raise ValueError(f"batch_size must be a multiple of batch_gpu ({self.batch_gpu}), got {self.batch_size}")
-        if self.share_generator_forward and self.batch_gpu not in (None, self.batch_size):
-            raise ValueError("share_generator_forward needs the batch in one round: leave batch_gpu out")
         if self.label_probs is not None:
-            _check_probabilities(self.label_probs)
+            self.label_probs = _probabilities(self.label_probs)
 
     @property
     def adam_eps(self) -> float:
@@ -188,22 +187,24 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def _check(config: Any, name: str, accepts: Any, words: str) -> None:
-    """ValueError unless the field is a number that `accepts`, or None where that is its default."""
+    """Store the field as a plain number; ValueError unless it `accepts` it, or it is None where that is its default."""
     value = getattr(config, name)
     if value is None and next(f for f in fields(config) if f.name == name).default is None:
         return
     if value is None and name == "ema_rampup_ratio":
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not accepts(value):  # NaN is refused too
+    if isinstance(value, bool) or not isinstance(value, Real) or not accepts(value):  # NaN is refused too
         raise ValueError(f"{name} must be {words}, got {value!r}")
+    setattr(config, name, value if type(value) is int else float(value))
 
 
 def _check_integer(config: Any, name: str, least: int) -> None:
     value = getattr(config, name)
     if value is None and name == "batch_gpu":
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    setattr(config, name, int(value))
 
 
 def _betas(name: str, value: Sequence[float]) -> tuple[float, float]:
@@ -216,6 +217,11 @@ def _betas(name: str, value: Sequence[float]) -> tuple[float, float]:
     return first, second
 
 
-def _check_probabilities(probs: Sequence[float]) -> None:
-    if not probs or not all(0 <= p <= 1 for p in probs) or not math.isclose(sum(probs), 1.0, rel_tol=1e-4):
-        raise ValueError(f"label_probs must be probabilities that add up to 1, got {list(probs)}")
+def _probabilities(probs: Sequence[float]) -> list[float]:
+    try:
+        plain = [float(p) for p in probs]
+    except (TypeError, ValueError):
+        raise ValueError(f"label_probs must be a list of probabilities, got {probs!r}") from None
+    if not plain or not all(0 <= p <= 1 for p in plain) or not math.isclose(sum(plain), 1.0, rel_tol=1e-4):
+        raise ValueError(f"label_probs must be probabilities that add up to 1, got {plain}")
+    return plain

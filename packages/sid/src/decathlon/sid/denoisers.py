@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 _ATTRIBUTES = ("img_resolution", "img_channels", "label_dim", "sigma_data", "sigma_min", "sigma_max")
@@ -22,11 +23,31 @@ def check_denoiser(net: object) -> None:
         )
 
 
-def frozen(net: nn.Module) -> nn.Module:
-    """The network itself if it is frozen already, else a frozen copy."""
-    if net.training or any(parameter.requires_grad for parameter in net.parameters()):
-        net = copy.deepcopy(net)
-    return net.eval().requires_grad_(False)
+def check_savable(net: nn.Module) -> None:
+    """TypeError unless `net` can be part of a pipeline on disk: diffusers leaves out what it does not know."""
+    if not isinstance(getattr(net, "_orig_mod", net), ModelMixin):  # of torch.compile
+        raise TypeError(
+            f"{type(net).__name__} has no save_pretrained of diffusers' ModelMixin, so no pipeline can be written: "
+            "train without output_dir, and save trainer.ema.state_dict()"
+        )
+
+
+def frozen(net: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """The network itself if it is frozen already, and on the device where one is given; else such a copy."""
+    learns = any(module.training for module in net.modules()) or any(p.requires_grad for p in net.parameters())
+    # a device without an index is the present one
+    place = None if device is None else torch.empty(0, device=device).device
+    elsewhere = place is not None and any(parameter.device != place for parameter in net.parameters())
+    if learns or elsewhere:
+        net = copy.deepcopy(net).eval().requires_grad_(False)
+    return net.to(place) if elsewhere else net
+
+
+def learning_copy(net: nn.Module) -> nn.Module:
+    """A copy that can learn: in half precision most of Adam's small steps would round away, so it gets float32."""
+    net = copy.deepcopy(net)
+    half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in net.parameters())
+    return net.float() if half else net
 
 
 def trainable(net: nn.Module, augmented: bool) -> None:
@@ -47,4 +68,5 @@ def label_probabilities(
         raise ValueError(f"label_probs has {len(probs)} entries, the teacher {label_dim} classes")
     if not label_dim:
         return None
-    return torch.tensor(probs or [1 / label_dim] * label_dim, device=device)
+    uniform = [1 / label_dim] * label_dim
+    return torch.tensor(uniform if probs is None else probs, dtype=torch.float32, device=device)

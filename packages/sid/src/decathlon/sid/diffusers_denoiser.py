@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +152,7 @@ class DiffusersDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # The t
         config: Any = cls.load_config(source)
         unet = UNet2DModel.from_pretrained(source, subfolder="unet", **kwargs)
         saved: Any = DDPMScheduler.load_config(source, subfolder="scheduler")
-        scheduler_class = getattr(diffusers, saved["_class_name"], None)
-        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
-            raise ValueError(f"{source} names {saved['_class_name']!r}, which is not a scheduler of diffusers")
-        scheduler = scheduler_class.from_pretrained(source, subfolder="scheduler")
+        scheduler = scheduler_class(saved, source).from_pretrained(source, subfolder="scheduler")
         return cls(unet, scheduler, kind=config["kind"], prediction_type=config["prediction_type"]).eval()
 
     def _timestep(self, sigma: Tensor) -> Tensor:
@@ -169,6 +167,15 @@ class DiffusersDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # The t
                 raise ValueError(f"the network is conditional: class_labels [N, {self.label_dim}] or [N] are needed")
             return None
         return rows.argmax(1)
+
+
+def scheduler_class(described: Mapping[str, Any], source: object) -> Any:
+    """The scheduler that a configuration names; ValueError, naming where it is from, if diffusers has none such."""
+    name = described.get("_class_name")
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise ValueError(f"{source} names {name!r}, which is not a scheduler of diffusers")
+    return found
 
 
 def _resolution(config: Any) -> int:

@@ -14,6 +14,15 @@ FAKE_SCORE, GENERATOR = 0, 1
 """The two parts of a step; each has random numbers of its own."""
 
 
+def seed_torch(seed: int, device: torch.device | str) -> None:
+    """Seed torch's own generators of the CPU and of the device, and no other device's as `torch.manual_seed` does."""
+    device = torch.device(device)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 @dataclass(frozen=True)
 class SiDDraws:
     """All random numbers of one optimiser step of `batch_size` samples (B), over all processes.
@@ -72,8 +81,8 @@ class Round(NamedTuple):
 class DrawSource:
     """The rounds of a process.
 
-    A round's numbers depend on the seed, the step and the round's place in the batch, not on the number of processes
-    nor on what was drawn before; so a training that goes on needs no state of a generator.
+    A round's numbers depend on the seed, the step and the round's place in the batch, for rounds of one size not on the
+    number of processes, nor on what was drawn before; so a training that goes on needs no state of a generator.
 
     Args:
         seed: At least 0.
@@ -118,7 +127,7 @@ class DrawSource:
             place = index * self._world + self._rank
             keys = np.random.SeedSequence((self._seed, step, part, number, place)).generate_state(2, np.uint64)
             self.generator.manual_seed(int(keys[0]))
-            torch.manual_seed(int(keys[1]))
+            seed_torch(int(keys[1]), self._device)
             drawn = self._draw(part) if draws is None else self._slice(draws, part, place)
             yield drawn, index == self._count - 1
 

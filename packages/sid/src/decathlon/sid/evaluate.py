@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decathlon.sid.denoisers import label_probabilities
 from decathlon.sid.features import extractor_name
 from decathlon.sid.metrics import feature_stats, frechet_distance
 from decathlon.sid.sampling import sample_one_step, seeded_latents, to_uint8
@@ -23,6 +24,7 @@ Images: TypeAlias = Tensor | NDArray[Any] | Iterable[Tensor | NDArray[Any]]
 Statistics: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 
 _TOLERANCE = 1.1
+_LEVELS = 2**30  # of a uniform number
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class FrechetEvaluator:
         batch_size: Images at a time.
         sampler: `sampler(net, latents, class_labels)` -> images in [-1, 1]; one step by default. For a teacher:
             `functools.partial(edm_sampler, num_steps=18)`.
-        label_probs: Probability of each class, of a conditional network; uniform by default.
+        label_probs: Probability of each class, of a conditional network; uniform by default. An image's class comes of
+            its seed alone.
         device: Where the extractor runs; where it is by default.
 
     Raises:
@@ -84,10 +87,10 @@ class FrechetEvaluator:
             feature_extractor = feature_extractor.to(device)
         self.feature_extractor = feature_extractor
         self.num_images, self.batch_size, self.sampler = num_images, batch_size, sampler
-        self.label_probs = None if label_probs is None else torch.tensor(label_probs, dtype=torch.float64)
+        self.label_probs = label_probs
         self.num_real: int | None = None
         if isinstance(real_images, str | os.PathLike | Mapping):
-            self._mean, self._covariance = _read_statistics(real_images)
+            self._mean, self._covariance = read_statistics(real_images)
         else:
             features = extract_features(feature_extractor, real_images, batch_size)
             self.num_real = len(features)
@@ -97,13 +100,13 @@ class FrechetEvaluator:
         """Generate images and measure them.
 
         Args:
-            net: Called as `EDMPrecond`; it is left in the mode it is in.
+            net: Called as `EDMPrecond`; every part of it is left in the mode it is in.
             n: Number of images, of seeds 0 to n - 1; `num_images` by default.
             seeds: The seeds instead, one for each image.
 
         Raises:
-            ValueError: For fewer than 2 images, images or features that are not finite, or a number of features other
-                than that of the real ones.
+            ValueError: For fewer than 2 images, images or features that are not finite, label_probs that do not fit, or
+                a number of features other than that of the real ones.
         """
         seeds = range(self.num_images if n is None else n) if seeds is None else seeds
         mean, covariance = feature_stats(self.features(net, seeds))
@@ -112,35 +115,82 @@ class FrechetEvaluator:
                 f"the real statistics are of {len(self._mean)} features, but {extractor_name(self.feature_extractor)} "
                 f"gives {len(mean)}: they belong to another extractor"
             )
-        value = frechet_distance(mean, covariance, self._mean.to(mean.device), self._covariance.to(mean.device))
+        value = frechet_distance(mean, covariance, self._mean, self._covariance)
         ends = int(seeds[0]), int(seeds[-1])
         return FrechetResult(value, len(seeds), self.num_real, extractor_name(self.feature_extractor), ends)
 
     def features(self, net: nn.Module, seeds: Sequence[int]) -> Tensor:
         """Features of the images that a network makes from seeds, [N, D]."""
-        if len(seeds) < 2:
-            raise ValueError(f"at least 2 images are needed for a covariance, got {len(seeds)}")
-        return extract_features(self.feature_extractor, self._generated(net, seeds), self.batch_size)
+        return generated_features(
+            net,
+            self.feature_extractor,
+            seeds,
+            sampler=self.sampler,
+            batch_size=self.batch_size,
+            label_probs=self.label_probs,
+        )
 
-    @torch.no_grad()
-    def _generated(self, net: nn.Module, seeds: Sequence[int]) -> Iterator[Tensor]:
-        device = _device_of(net)
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        label_dim = int(net.label_dim)  # type: ignore[arg-type]
-        chooser = torch.Generator().manual_seed(int(seeds[0]) % 2**32)
-        for start in range(0, len(seeds), self.batch_size):
-            latents, classes = seeded_latents(seeds[start : start + self.batch_size], shape, label_dim)  # type: ignore[arg-type]
-            labels = None
-            if classes is not None:
-                if self.label_probs is not None:
-                    classes = torch.multinomial(self.label_probs, len(classes), replacement=True, generator=chooser)
-                labels = F.one_hot(classes, label_dim).to(device, torch.float32)
-            training = net.training
-            net.eval()
-            try:
-                yield self.sampler(net, latents.to(device), labels)
-            finally:
-                net.train(training)
+
+def generated_features(
+    net: nn.Module,
+    extractor: Extractor,
+    seeds: Sequence[int],
+    *,
+    sampler: Sampler = sample_one_step,
+    batch_size: int = 256,
+    label_probs: Sequence[float] | None = None,
+) -> Tensor:
+    """Features of the images that a network makes, each of its seed alone.
+
+    Args:
+        net: Called as `EDMPrecond`; every part of it is left in the mode it is in.
+        extractor: From uint8 [N, C, H, W] to [N, D].
+        seeds: One for each image.
+        sampler: As of `FrechetEvaluator`.
+        batch_size: Images at a time; nothing depends on it.
+        label_probs: Probability of each class; uniform by default.
+
+    Returns:
+        [N, D] on the device of the extractor.
+
+    Raises:
+        ValueError: For fewer than 2 seeds, images that are not finite, or label_probs that do not fit the network.
+    """
+    if len(seeds) < 2:
+        raise ValueError(f"at least 2 images are needed for a covariance, got {len(seeds)}")
+    if label_probs is not None and not (min(label_probs, default=1) >= 0 and sum(label_probs) > 0):
+        raise ValueError(f"label_probs must be probabilities that add up to 1, got {list(label_probs)}")
+    known: Any = net
+    probs = None if label_probs is None else label_probabilities(label_probs, known.label_dim)
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        return extract_features(extractor, _generated(net, seeds, sampler, batch_size, probs), batch_size)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.no_grad()
+def _generated(
+    net: Any, seeds: Sequence[int], sampler: Sampler, batch_size: int, probs: Tensor | None
+) -> Iterator[Tensor]:
+    device, shape = _device_of(net), (net.img_channels, net.img_resolution, net.img_resolution)
+    for start in range(0, len(seeds), batch_size):
+        chosen = seeds[start : start + batch_size]
+        latents, classes = seeded_latents(chosen, shape, net.label_dim if probs is None else _LEVELS)
+        labels = None
+        if classes is not None:
+            if probs is not None:
+                classes = _of_quantiles(classes.double() / _LEVELS, probs)
+            labels = F.one_hot(classes, net.label_dim).to(device, torch.float32)
+        yield sampler(net, latents.to(device), labels)
+
+
+def _of_quantiles(quantiles: Tensor, probs: Tensor) -> Tensor:
+    """Classes of uniform numbers in [0, 1), so that each has its probability."""
+    bounds = probs.double().cumsum(0)
+    return torch.searchsorted(bounds / bounds[-1], quantiles, right=True)
 
 
 @torch.no_grad()
@@ -191,7 +241,13 @@ def _device_of(module: object) -> torch.device:
     return torch.device("cpu")
 
 
-def _read_statistics(source: Statistics) -> tuple[Tensor, Tensor]:
+def read_statistics(source: Statistics) -> tuple[Tensor, Tensor]:
+    """Mean [D] and covariance [D, D] of real images' features, float64, from an npz file or a mapping.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no npz file with mu and sigma, or these have other shapes.
+    """
     name = "the mapping"
     if not isinstance(source, Mapping):
         name = str(source)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 _HOW = (
     "give a TorchScript Inception network as --feature-extractor PATH (the paper's is inception-2015-12-05.pt), or any "
-    " nn.Module from uint8 images [N, C, H, W] to features [N, D] in Python"
+    "nn.Module from uint8 images [N, C, H, W] to features [N, D] in Python"
 )
 
 

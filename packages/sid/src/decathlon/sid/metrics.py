@@ -57,7 +57,7 @@ def frechet_distance(mu1: Array, cov1: Array, mu2: Array, cov2: Array) -> float:
     eigen-decompositions: real, and defined for singular covariances as well.
 
     Args:
-        mu1: Mean, [D].
+        mu1: Mean, [D]; what the others are moved to is its device.
         cov1: Covariance, [D, D].
         mu2: As mu1.
         cov2: As cov1.
@@ -65,7 +65,10 @@ def frechet_distance(mu1: Array, cov1: Array, mu2: Array, cov2: Array) -> float:
     Raises:
         ValueError: If the shapes do not agree, or NaN or infinity is among the numbers.
     """
-    mean_1, mean_2, cov_1, cov_2 = (torch.as_tensor(value).to(torch.float64) for value in (mu1, mu2, cov1, cov2))
+    device = torch.as_tensor(mu1).device
+    mean_1, mean_2, cov_1, cov_2 = (
+        torch.as_tensor(value).to(device, torch.float64) for value in (mu1, mu2, cov1, cov2)
+    )
     dim = mean_1.numel()
     if mean_1.shape != (dim,) or mean_2.shape != (dim,) or cov_1.shape != (dim, dim) or cov_2.shape != (dim, dim):
         shapes = ", ".join(str(list(value.shape)) for value in (mean_1, cov_1, mean_2, cov_2))

@@ -44,7 +44,7 @@ def as_one_hot(class_labels: Tensor | None, label_dim: int) -> Tensor | None:
         return class_labels.to(torch.float32) if label_dim else None
     if label_dim == 0:
         raise ValueError("class_labels were given to an unconditional network (label_dim = 0): pass None")
-    if class_labels.ndim != 1 or class_labels.is_floating_point():
+    if class_labels.ndim != 1 or class_labels.is_floating_point() or class_labels.dtype == torch.bool:
         shape, dtype = list(class_labels.shape), str(class_labels.dtype).removeprefix("torch.")
         raise ValueError(f"class_labels must be rows [N, {label_dim}] or integer ids [N], got {dtype} {shape}")
     if class_labels.numel():

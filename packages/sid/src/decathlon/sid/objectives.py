@@ -8,9 +8,9 @@ Notation:
     true_denoised   f_phi(x_t), the teacher's estimate of the clean images, [N, C, H, W]
     fake_denoised   f_psi(x_t), the fake-score network's estimate, [N, C, H, W]
 
-The losses are elementwise, [N, C, H, W], and keep the dtype; `scaled_loss` makes the scalar. A sample in which a value
-is NaN or infinite counts as zero, and no gradient leaves it. Wrong shapes raise ValueError. Randomness is passed in. No
-function waits for an accelerator.
+The losses are elementwise, [N, C, H, W], in the dtype to which torch promotes their arguments; `scaled_loss` makes the
+scalar. A sample in which a value is NaN or infinite counts as zero, and no gradient leaves it. Wrong shapes raise
+ValueError. Randomness is passed in. No function waits for an accelerator.
 
 References:
     Zhou et al., Score identity Distillation, arXiv 2404.04057.

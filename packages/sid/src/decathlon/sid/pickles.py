@@ -68,7 +68,9 @@ class PersistentObject:
         return dict(self._tensors)
 
     def __repr__(self) -> str:
-        return f"PersistentObject({self.class_name}, {len(self._tensors)} tensors, init_kwargs={self.init_kwargs})"
+        return (
+            f"PersistentObject({shown(self.class_name)}, {len(self._tensors)} tensors, init_kwargs={self.init_kwargs})"
+        )
 
 
 def inspect_edm_pickle(path_or_file: str | os.PathLike[str] | BinaryIO) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from decathlon.sid.denoisers import check_savable
 from decathlon.sid.sampling import sample_one_step, to_uint8
 
 
@@ -17,7 +19,7 @@ class SiDPipeline(DiffusionPipeline):
     """Images in one network call (arXiv 2404.04057).
 
     Args:
-        generator: The generator, called as `EDMPrecond`.
+        generator: The generator, called as `EDMPrecond`. In train mode it makes images with dropout: `eval()` it first.
         init_sigma: Noise level that it was trained for.
     """
 
@@ -27,6 +29,15 @@ class SiDPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(generator=generator)
         self.register_to_config(init_sigma=init_sigma)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the pipeline, as any of diffusers.
+
+        Raises:
+            TypeError: If the generator is no `ModelMixin`, which diffusers would leave out without an error.
+        """
+        check_savable(self.generator)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def __call__(

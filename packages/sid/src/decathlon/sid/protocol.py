@@ -26,7 +26,7 @@ from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
 from decathlon.sid.config import SiDConfig, TeacherConfig
 from decathlon.sid.data import ImageSet, load_images
-from decathlon.sid.evaluate import FrechetEvaluator, Sampler, extract_features
+from decathlon.sid.evaluate import Sampler, extract_features, generated_features
 from decathlon.sid.features import DigitsFeatures, train_digits_features
 from decathlon.sid.metrics import feature_stats, frechet_distance
 from decathlon.sid.networks import EDMPrecond
@@ -351,12 +351,8 @@ class _Measuring:
                 shown.extend(to_uint8(images[: GRID_IMAGES - len(shown)])[..., 0].tolist())
             return images
 
-        mean, covariance = feature_stats(self._real)
-        evaluator = FrechetEvaluator(
-            self._extractor, {"mu": mean, "sigma": covariance}, batch_size=_BATCH, sampler=sample
-        )
         start = time.process_time()
-        features = evaluator.features(net, self._seeds)
+        features = generated_features(net, self._extractor, self._seeds, sampler=sample, batch_size=_BATCH)
         return _Measured(features, self._real, shown, time.process_time() - start)
 
 

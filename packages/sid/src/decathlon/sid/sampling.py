@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decathlon.sid.networks import as_one_hot
 from decathlon.sid.objectives import edm_churn_gamma, edm_sigma_steps, probability_flow_slope
 
 
@@ -51,7 +52,7 @@ def sample_one_step(
     """Images of a one-step generator, D(init_sigma z; init_sigma) (arXiv 2404.04057, section 3.1).
 
     Args:
-        net: Called as `EDMPrecond`.
+        net: Called as `EDMPrecond`. In train mode it makes images with dropout: `eval()` it first.
         latents: z, unit normal, [N, C, R, R].
         class_labels: One-hot [N, L] or int64 [N]; None without classes.
         init_sigma: Noise level that the generator was trained for.
@@ -99,7 +100,7 @@ def edm_sampler(
     The state is float64. The noise levels are held within those of the network.
 
     Args:
-        net: Called as `EDMPrecond`.
+        net: Called as `EDMPrecond`, in eval mode.
         latents: Unit normal, [N, C, R, R].
         class_labels: One-hot [N, L] or int64 [N]; None without classes.
         num_steps: N >= 1; 1 is an Euler step from sigma_max.
@@ -117,11 +118,12 @@ def edm_sampler(
         float64 [N, C, R, R].
 
     Raises:
-        ValueError: For num_steps below 1 or noise of another shape.
+        ValueError: For num_steps below 1, noise of another shape or classes that do not fit.
     """
     if noise is not None and noise.shape != (num_steps, *latents.shape):
         raise ValueError(f"noise must be {[num_steps, *latents.shape]}, got {list(noise.shape)}")
     known: Any = net
+    class_labels = as_one_hot(class_labels, known.label_dim)  # once: reading ids waits for the device
     sigma_min, sigma_max = max(sigma_min, known.sigma_min), min(sigma_max, known.sigma_max)
     # on the host as numbers too: branching on them must not wait for the device
     sigmas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho).tolist()

@@ -9,14 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
 from decathlon.sid.checkpoints import load_edm_pickle
 from decathlon.sid.denoisers import check_denoiser, frozen
-from decathlon.sid.diffusers_denoiser import DiffusersDenoiser
+from decathlon.sid.diffusers_denoiser import DiffusersDenoiser, scheduler_class
 from decathlon.sid.networks import EDMPrecond
 from decathlon.sid.pipeline import SiDPipeline
 
@@ -172,10 +170,8 @@ def _from_unet(folder: Path, place: Path) -> DiffusersDenoiser:
         _logger.warning("%s has no scheduler: that of DDPM with its 1000 steps is assumed", folder)
         return DiffusersDenoiser(unet)
     described = _read_json(file)
-    kind = getattr(diffusers, str(described.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise ValueError(f"{file} names {described.get('_class_name')!r}, which is no scheduler of diffusers")
-    scheduler: Any = kind.from_config(described)  # type: ignore[attr-defined]
+    kind = scheduler_class(described, file)
+    scheduler = kind.from_config(described)
     return DiffusersDenoiser(unet, scheduler, kind="edm" if kind.__name__.startswith("EDM") else "ddpm")
 
 

@@ -14,6 +14,7 @@ from decathlon.shared.progress import progress
 from decathlon.sid.augment import AugmentPipe
 from decathlon.sid.config import TeacherConfig
 from decathlon.sid.denoisers import check_denoiser
+from decathlon.sid.draws import seed_torch
 from decathlon.sid.objectives import add_noise, edm_sigma, fake_score_loss, scaled_loss
 
 
@@ -50,9 +51,10 @@ def train_teacher(net: Any, data: Tensor, labels: Tensor | None = None, config: 
     schedule = LambdaLR(optimizer, lambda step: _rate(step, c))
     generator = torch.Generator(device).manual_seed(c.seed)
     options: dict[str, Any] = {"generator": generator, "device": device}
+    finite = torch.ones((), dtype=torch.bool, device=device)  # the loss leaves NaN out, and would be 0
     net.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(c.seed)  # dropout
+        seed_torch(c.seed, device)  # dropout
         with progress(total=c.steps, desc="teacher", unit="step") as bar:
             for step in range(c.steps):
                 chosen = torch.randint(len(data), (c.batch_size,), **options)
@@ -61,7 +63,9 @@ def train_teacher(net: Any, data: Tensor, labels: Tensor | None = None, config: 
                     images, augment_labels = augment(images, generator=generator)
                 sigma = edm_sigma(torch.randn((c.batch_size, 1, 1, 1), **options), c.P_mean, c.P_std)
                 noisy = add_noise(images, sigma, torch.randn(images.shape, **options))
-                denoised = net(noisy, sigma, None if rows is None else rows[chosen], augment_labels)
+                classes = None if rows is None else rows[chosen]
+                denoised = net(noisy, sigma, classes, augment_labels)
+                finite &= denoised.detach().isfinite().all()
                 loss = scaled_loss(fake_score_loss(images, denoised, sigma, net.sigma_data))
                 loss.backward()
                 optimizer.step()
@@ -72,9 +76,11 @@ def train_teacher(net: Any, data: Tensor, labels: Tensor | None = None, config: 
                     torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - decay)
                 bar.update()
                 if (step + 1) % 100 == 0 or step + 1 == c.steps:
-                    if not math.isfinite(figure := float(loss.detach())):
-                        raise RuntimeError(f"the teacher's training has diverged at step {step + 1}: lower lr ({c.lr})")
-                    bar.set_postfix(loss=f"{figure:.3g}")
+                    with torch.no_grad():  # also after the last update
+                        result = averaged(noisy, sigma, classes, augment_labels)
+                    if not (finite & loss.detach().isfinite() & result.isfinite().all()):
+                        raise RuntimeError(f"the teacher's training has diverged by step {step + 1}: lower lr ({c.lr})")
+                    bar.set_postfix(loss=f"{float(loss.detach()):.3g}")
     net.eval()
     return averaged
 

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from decathlon.shared.files import atomic_path
-from decathlon.shared.interruption import Interruption
-from decathlon.shared.progress import progress
-from decathlon.shared.records import to_json
-from decathlon.shared.rundir import RunDirectory
 from decathlon.sid.augment import AugmentPipe
 from decathlon.sid.config import SiDConfig
-from decathlon.sid.denoisers import check_denoiser, frozen, label_probabilities, trainable
+from decathlon.sid.denoisers import (
+    check_denoiser,
+    check_savable,
+    frozen,
+    label_probabilities,
+    learning_copy,
+    trainable,
+)
 from decathlon.sid.draws import FAKE_SCORE, GENERATOR, DrawSource, SiDDraws
+from decathlon.sid.learner import Learner
 from decathlon.sid.objectives import (
     add_noise,
     diff_instruct_loss,
@@ -37,32 +38,17 @@ from decathlon.sid.objectives import (
     uniform_to_normal,
 )
 from decathlon.sid.pipeline import SiDPipeline
+from decathlon.sid.processes import Processes
+from decathlon.sid.run import TrainResult, run
 from decathlon.sid.sampling import one_step
-from decathlon.sid.state import State, fingerprint, latest, read_state, states, write_state
+from decathlon.sid.state import State, fingerprint, read_state, write_state
+
+__all__ = ["MAX_SKIPPED", "SiDTrainer", "TrainResult"]
 
 MAX_SKIPPED = 100
 """Steps in a row without a finite sample after which the training gives up."""
 
 _CHECK_EVERY = 50  # steps; on an accelerator, where a look at the count waits for it
-_PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-_CHECKPOINTS, _LAST, _BEST = "checkpoints", "last", "best"
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came of a training.
-
-    Attributes:
-        nimg: Generated images that the generator has learned from.
-        history: Lines of the log: nimg, fake_loss, generator_loss, images_per_second and, after an evaluation, metric.
-        best: Lowest metric; None without evaluation.
-        output_dir: Folder of the run: pipelines of the last generator in `last` and of the best in `best`; or None.
-    """
-
-    nimg: int
-    history: list[dict[str, float]]
-    best: float | None
-    output_dir: Path | None
 
 
 class SiDTrainer:
@@ -70,11 +56,13 @@ class SiDTrainer:
 
     A step trains the fake score network on generated images, then the generator by the difference between teacher and
     fake score, then averages the generator. All random numbers, those of dropout included, depend on the seed, the
-    step and the place in the batch (in units of `batch_gpu`) alone: not on the number of processes, and a training
-    goes on as if it had never stopped.
+    step and the place in the batch (in units of `batch_gpu`) alone. So for a given `batch_gpu` they do not depend on
+    the number of processes (without it a process's share is the unit, and they do), and a training goes on as if it had
+    never stopped.
 
     Args:
-        teacher: The denoiser, called as `EDMPrecond`. It is never changed.
+        teacher: The denoiser, called as `EDMPrecond`. It is never changed. The networks that learn are copies, in
+            float32 where it is in half precision.
         config: The settings; None for the defaults.
         augment_pipe: Augmentation of the fake score step; None for that of `config.augment_p`.
         evaluator: Called with the averaged generator each `eval_kimg`; returns a figure, the lower the better.
@@ -86,13 +74,13 @@ class SiDTrainer:
         generator: The generator.
         fake_score: The fake score network.
         ema: The averaged generator: the result.
-        config: The settings.
+        config: A copy of the settings, with `batch_gpu` filled in.
         nimg: Generated images that the generator has learned from so far.
 
     Raises:
-        TypeError: If the teacher is no denoiser.
-        ValueError: If the batch cannot be divided among the processes, classes or augmentation do not fit the teacher,
-            or the accelerator brings a gradient scaler.
+        TypeError: If the teacher is no denoiser, or, given an `output_dir`, cannot be saved.
+        ValueError: If the batch cannot be divided among the processes, or not in one round for a shared pass, classes
+            or augmentation do not fit the teacher, or the accelerator brings a gradient scaler.
     """
 
     def __init__(
@@ -107,50 +95,62 @@ class SiDTrainer:
     ) -> None:
         check_denoiser(teacher)
         self.config = c = copy.deepcopy(config) if config is not None else SiDConfig()
-        self.evaluator, self.callbacks, self._accelerator = evaluator, tuple(callbacks), accelerator
-        self._world: int
-        self._rank: int
-        self._world, self._rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-        self.device: torch.device = accelerator.device if accelerator else next(teacher.parameters()).device
-        self._precision = _precision(c, accelerator)
+        if c.output_dir is not None:
+            check_savable(teacher)
+        self.evaluator, self.callbacks = evaluator, tuple(callbacks)
+        self.processes = Processes(accelerator, next(teacher.parameters()).device)
+        self.device = self.processes.device
+        self._precision = self.processes.precision(c.mixed_precision)
         self._augment = augment_pipe or (AugmentPipe(c.augment_p) if c.augment_p else None)
         if self._augment is not None and not getattr(teacher, "augment_dim", 0):
             raise ValueError("the teacher takes no augmentation labels: leave augment_p at 0")
-        size, rounds = _rounds(c, self._world)
-        self._draws = DrawSource(
-            c.seed,
-            (teacher.img_channels, teacher.img_resolution, teacher.img_resolution),
-            size=size,
-            rounds=rounds,
-            rank=self._rank,
-            world=self._world,
-            label_probs=label_probabilities(c.label_probs, teacher.label_dim, self.device),
-            device=self.device,
-        )
+        self._draws = self._draw_source(teacher)
 
-        self.teacher: Any = frozen(teacher).to(self.device)
-        self.generator, self.fake_score, self.ema = (copy.deepcopy(self.teacher) for _ in range(3))
+        self.teacher: Any = frozen(teacher, self.device)
+        self.generator, self.fake_score, self.ema = (learning_copy(self.teacher) for _ in range(3))
         trainable(self.fake_score, augmented=self._augment is not None)
         trainable(self.generator, augmented=False)
-        self._optimizers, self._schedules = [], []
-        for net, rate, betas in ((self.fake_score, c.lr, c.betas), (self.generator, c.glr, c.g_betas)):
-            optimizer = torch.optim.Adam(_learning(net), rate, betas, c.adam_eps, fused=True)
-            self._optimizers.append(optimizer)
-            if c.lr_schedule == "cosine":
-                self._schedules.append(CosineAnnealingLR(optimizer, c.steps, c.lr_min_ratio * rate))
-        # Several processes train a network through its wrapper; all else goes past it.
-        self._wrapped = [self.fake_score, self.generator]
-        if accelerator is not None:
-            self._wrapped = list(accelerator.prepare(*self._wrapped, *self._optimizers))[:2]
-            self.ema.load_state_dict(self.generator.state_dict())
-            accelerator.register_for_checkpointing(self)
+        self.learners = self._learners()
+        self.ema.load_state_dict(self.generator.state_dict())  # several processes have got the first one's
+        self.processes.register(self)
 
         self.nimg = 0
         self.history: list[dict[str, float]] = []
         self.best: float | None = None
-        self._steps = 0
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)  # steps in a row
+        self._skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row: now, and at most since a look
         self._warned = False
+
+    def _draw_source(self, teacher: Any) -> DrawSource:
+        c = self.config
+        c.batch_gpu, rounds = self.processes.rounds(c.batch_size, c.batch_gpu)
+        if c.share_generator_forward and rounds > 1:
+            share = c.batch_size // self.processes.world
+            raise ValueError(f"share_generator_forward needs one round: leave batch_gpu out, or set it to {share}")
+        return DrawSource(
+            c.seed,
+            (teacher.img_channels, teacher.img_resolution, teacher.img_resolution),
+            size=c.batch_gpu,
+            rounds=rounds,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            label_probs=label_probabilities(c.label_probs, teacher.label_dim, self.device),
+            device=self.device,
+        )
+
+    def _learners(self) -> tuple[Learner, Learner]:
+        """Of the fake score network and of the generator."""
+        c = self.config
+        ratio = c.lr_min_ratio if c.lr_schedule == "cosine" else None
+        options: dict[str, Any] = {"eps": c.adam_eps, "min_ratio": ratio, "steps": c.steps}
+        return (
+            Learner(self.fake_score, self.processes, rate=c.lr, betas=c.betas, **options),
+            Learner(self.generator, self.processes, rate=c.glr, betas=c.g_betas, **options),
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps so far."""
+        return self.nimg // self.config.batch_size
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -180,12 +180,13 @@ class SiDTrainer:
                 fake_loss, kept = self._fake_score_step(draws, number, shared)
             loss, usable = self._generator_step(draws, kept)
         self._average()
-        for schedule in self._schedules:
-            schedule.step()
+        for learner in self.learners:
+            if learner.schedule is not None:
+                learner.schedule.step()
         self.nimg += c.batch_size
-        self._steps += 1
-        self._skipped = torch.where(usable, 0, self._skipped + 1)
-        if self.device.type == "cpu" or self._steps % _CHECK_EVERY == 0:
+        skipped = torch.where(usable, 0, self._skipped[0] + 1)
+        self._skipped = torch.stack((skipped, torch.maximum(skipped, self._skipped[1])))
+        if self.device.type == "cpu" or self.steps % _CHECK_EVERY == 0:
             self._check_skipped()
         return {"fake_loss": fake_loss, "generator_loss": loss}
 
@@ -193,15 +194,15 @@ class SiDTrainer:
         self, draws: SiDDraws | None, number: int, shared: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor | None] | None]:
         """Train the fake score network on generated images; `shared` ones are returned with graph and classes."""
-        c, kept = self.config, None
+        c, learner, kept = self.config, self.learners[FAKE_SCORE], None
         self.fake_score.train()
         trainable(self.fake_score, augmented=self._augment is not None)
         self.generator.train(shared)
         total, finite = torch.zeros(2, device=self.device)
-        for drawn, last in self._draws.rounds(draws, self._steps, FAKE_SCORE, number):
-            with self._synchronised(FAKE_SCORE, last):
+        for drawn, last in self._draws.rounds(draws, self.steps, FAKE_SCORE, number):
+            with learner.synchronised(last):
                 with self._autocast(), nullcontext() if shared else torch.no_grad():
-                    source = self._wrapped[GENERATOR] if shared else self.generator
+                    source = self.learners[GENERATOR].wrapped if shared else self.generator
                     images = one_step(source, drawn.z, drawn.labels, c.init_sigma)
                 kept = (images, drawn.labels) if shared else None
                 clean, augment_labels = images.detach(), None
@@ -210,28 +211,28 @@ class SiDTrainer:
                 sigma = edm_sigma(drawn.level, c.P_mean, c.P_std)
                 with self._autocast():
                     noisy = add_noise(clean, sigma, drawn.noise)
-                    denoised = self._wrapped[FAKE_SCORE](noisy, sigma, drawn.labels, augment_labels)
+                    denoised = learner.wrapped(noisy, sigma, drawn.labels, augment_labels)
                 loss = fake_score_loss(clean, denoised, sigma, self.teacher.sigma_data)
-                scaled_loss(loss, c.loss_scaling, c.batch_size // self._world).backward()
+                scaled_loss(loss, c.loss_scaling, c.batch_size // self.processes.world).backward()
                 total += loss.detach().sum()
-                finite += _finite_samples(clean, denoised)
+                finite += _count_finite(clean, denoised)
         total, usable = self._over_processes(total, finite)
-        self._update(FAKE_SCORE, usable)
+        learner.update(usable)
         return total / c.batch_size, kept
 
     def _generator_step(
         self, draws: SiDDraws | None, kept: tuple[Tensor, Tensor | None] | None
     ) -> tuple[Tensor, Tensor]:
         """Train the generator, on the images that are `kept` or new ones; the loss, and whether it was of any use."""
-        c = self.config
+        c, learner = self.config, self.learners[GENERATOR]
         self.generator.train()
         self.fake_score.eval().requires_grad_(False)
         total, finite = torch.zeros(2, device=self.device)
-        for drawn, last in self._draws.rounds(draws, self._steps, GENERATOR):
-            with self._synchronised(GENERATOR, last):
+        for drawn, last in self._draws.rounds(draws, self.steps, GENERATOR):
+            with learner.synchronised(last):
                 with self._autocast():
                     if kept is None:
-                        images = one_step(self._wrapped[GENERATOR], drawn.z, drawn.labels, c.init_sigma)
+                        images = one_step(learner.wrapped, drawn.z, drawn.labels, c.init_sigma)
                         labels = drawn.labels
                     else:
                         images, labels = kept
@@ -244,11 +245,11 @@ class SiDTrainer:
                     loss = diff_instruct_loss(images, true, fake, normalize=c.weighting == "l1")
                 else:
                     loss = generator_loss(images, true, fake, c.alpha)
-                scaled_loss(loss, c.loss_scaling_G, c.batch_size // self._world).backward()
+                scaled_loss(loss, c.loss_scaling_G, c.batch_size // self.processes.world).backward()
                 total += loss.detach().sum()
-                finite += _finite_samples(images, true, fake)
+                finite += _count_finite(images, true, fake)
         total, usable = self._over_processes(total, finite)
-        self._update(GENERATOR, usable)
+        learner.update(usable)
         self.generator.eval()
         return total / c.batch_size, usable
 
@@ -258,16 +259,6 @@ class SiDTrainer:
             return sid_sigma(u, c.tmax)
         return edm_sigma(uniform_to_normal(u), c.P_mean, c.P_std)
 
-    def _update(self, part: int, usable: Tensor) -> None:
-        """A step of Adam, which the device itself leaves out if no sample was finite."""
-        optimizer: Any = self._optimizers[part]
-        for parameter in optimizer.param_groups[0]["params"]:
-            if parameter.grad is not None:
-                torch.nan_to_num(parameter.grad, 0.0, 1e5, -1e5, out=parameter.grad)
-        optimizer.found_inf = (~usable).float()  # as torch.amp.GradScaler tells a fused optimiser
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
     @torch.no_grad()
     def _average(self) -> None:
         """Move the averaged generator towards the generator."""
@@ -275,25 +266,17 @@ class SiDTrainer:
         beta = ema_beta(self.nimg, c.batch_size, c.ema_halflife_kimg, c.ema_rampup_ratio)
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - beta)
 
-    def _synchronised(self, part: int, last: bool) -> AbstractContextManager[Any]:
-        """Processes exchange gradients in the last round only; forward and backward pass both belong in the block."""
-        if self._accelerator is None or last:
-            return nullcontext()
-        context: AbstractContextManager[Any] = self._accelerator.no_sync(self._wrapped[part])
-        return context
-
     def _over_processes(self, total: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the losses, and whether any sample was finite, over all processes."""
-        both = torch.stack((total, finite))
-        if self._world > 1:
-            both = self._accelerator.reduce(both, "sum")
-        return both[0], both[1] > 0
+        total, finite = self.processes.sum(torch.stack((total, finite)))
+        return total, finite > 0
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._precision is None else torch.autocast(self.device.type, self._precision)
 
     def _check_skipped(self) -> None:
-        skipped = int(self._skipped)
+        skipped = int(self._skipped[1])
+        self._skipped[1] = self._skipped[0]
         if skipped >= MAX_SKIPPED:
             raise RuntimeError(
                 f"no finite sample in {skipped} steps in a row, the training has diverged: "
@@ -303,7 +286,7 @@ class SiDTrainer:
             self._warned = True
             warnings.warn("all samples of a step are NaN or infinite: it is skipped", stacklevel=3)
 
-    # -------------------------------------------------------------------------------------------------- the run
+    # ----------------------------------------------------------------------------------------- the run and its files
 
     def train(self, resume: bool = False) -> TrainResult:
         """Train until `total_kimg`, with log, evaluations and checkpoints as configured.
@@ -311,87 +294,14 @@ class SiDTrainer:
         Ctrl-C and SIGTERM end it after the step at hand, with a checkpoint.
 
         Args:
-            resume: Go on from the newest checkpoint in `output_dir`, if there is one.
+            resume: Go on from the newest checkpoint in `output_dir`, if there is one. The weights are those of an
+                uninterrupted run; the first line of the log is a mean over the steps since the checkpoint.
 
         Raises:
             ValueError: If `output_dir` holds a run and `resume` is False, or one with other settings.
             RuntimeError: As `step`.
         """
-        c = self.config
-        folder = None if c.output_dir is None else Path(c.output_dir)
-        directory = None if folder is None else self._open(folder, resume)
-        sums, steps, since = torch.zeros(2, device=self.device), 0, time.perf_counter()
-        with (
-            Interruption(deferred=True) as interruption,
-            progress(total=c.steps, initial=self._steps, desc="distil", unit="step", disable=self._rank > 0) as bar,
-        ):
-            while self._steps < c.steps:
-                losses = self.step()
-                sums, steps = sums + torch.stack((losses["fake_loss"], losses["generator_loss"])), steps + 1
-                for callback in self.callbacks:
-                    callback(self, losses)
-                bar.update()
-                evaluates = self.evaluator is not None and c.eval_kimg is not None and self._due(c.eval_kimg)
-                logs = evaluates or self._due(c.log_kimg)
-                if logs:
-                    seconds = time.perf_counter() - since
-                    fake, generator = (sums / steps).tolist()
-                    row = {"nimg": float(self.nimg), "fake_loss": fake, "generator_loss": generator}
-                    row["images_per_second"] = steps * c.batch_size / seconds
-                    bar.set_postfix(generator=f"{generator:.3g}", fake=f"{fake:.3g}")
-                    if evaluates:
-                        row["metric"] = self._evaluate(folder)
-                    self.history.append(row)
-                    if directory is not None:
-                        directory.log(**row)
-                    sums, steps, since = torch.zeros_like(sums), 0, time.perf_counter()
-                stops = self._agreed(interruption.asked, ask=logs)
-                if folder is not None and (stops or self._due(c.snapshot_kimg)):
-                    self._snapshot(folder)
-                if stops:
-                    break
-        return TrainResult(self.nimg, self.history, self.best, folder)
-
-    def _due(self, kimg: float) -> bool:
-        """Whether the last step has passed a multiple of so many thousand images, or was the last of all."""
-        every, before = kimg * 1000, self.nimg - self.config.batch_size
-        return self._steps == self.config.steps or int(self.nimg / every) > int(before / every)
-
-    def _agreed(self, asked: bool, ask: bool) -> bool:
-        """Whether to stop; several processes ask one another where they wait anyway."""
-        if self._world == 1:
-            return asked
-        if not ask:
-            return False
-        return bool(self._accelerator.reduce(torch.tensor(float(asked), device=self.device), "sum"))
-
-    def _evaluate(self, folder: Path | None) -> float:
-        value = float(self.evaluator(self.ema)) if self.evaluator is not None else float("nan")
-        if self.best is None or value < self.best:
-            self.best = value
-            if folder is not None and self._rank == 0:
-                self.export(folder / _BEST)
-        return value
-
-    def _open(self, folder: Path, resume: bool) -> RunDirectory | None:
-        """Open the folder of the run, and load what it holds."""
-        newest = latest(folder / _CHECKPOINTS)
-        directory = RunDirectory(folder, self.config.decisive(), resume=resume) if self._rank == 0 else None
-        if newest is not None and resume:
-            self.load_checkpoint(newest)
-        if directory is not None:  # lines after the checkpoint will come again
-            with atomic_path(folder / "metrics.jsonl") as path:
-                path.write_text("".join(to_json(row) + "\n" for row in self.history), encoding="utf-8")
-        return directory
-
-    def _snapshot(self, folder: Path) -> None:
-        if self._rank == 0:
-            self.save_checkpoint(folder / _CHECKPOINTS / f"{self.nimg:012d}")
-            self.export(folder / _LAST)
-            for old in states(folder / _CHECKPOINTS)[: -self.config.keep_last]:
-                shutil.rmtree(old)
-
-    # ------------------------------------------------------------------------------------------------ saving
+        return run(self, resume)
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """Write all that it takes to go on, to the last bit on one machine. With several processes, in the first.
@@ -399,14 +309,14 @@ class SiDTrainer:
         Raises:
             ValueError: If `folder` holds anything else.
         """
-        networks = {"generator": self.generator, "fake_score": self.fake_score, "ema": self.ema}
+        values = self.state_dict()
+        networks = {"generator": self.generator.state_dict(), "fake_score": self.fake_score.state_dict()}
+        networks["ema"] = values.pop("ema")
         optimizers = {
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-            "schedules": [schedule.state_dict() for schedule in self._schedules],
+            "optimizers": [learner.optimizer.state_dict() for learner in self.learners],
+            "schedules": values.pop("schedules"),
         }
-        values = self.state_dict() | {"config": asdict(self.config), "teacher": fingerprint(self.teacher)}
-        values.pop("ema")
-        write_state(folder, State({name: net.state_dict() for name, net in networks.items()}, optimizers, values))
+        write_state(folder, State(networks, optimizers, values | {"config": asdict(self.config), **self._identity}))
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Take up what `save_checkpoint` wrote.
@@ -416,63 +326,56 @@ class SiDTrainer:
             ValueError: If it is damaged, of another teacher, or of other settings: with their names.
         """
         state = read_state(folder)
-        if changed := self.config.differences(state.values["config"]):
+        changed = self.config.differences(state.values["config"])
+        if changed := changed + [
+            name for name, value in self._identity.items() if state.values.get(name, ...) != value
+        ]:
             raise ValueError(f"{folder} is of a training with another {', '.join(changed)}")
-        if state.values["teacher"] != fingerprint(self.teacher):
-            raise ValueError(f"{folder} is of a training with another teacher")
-        for name, weights in state.weights.items():
-            getattr(self, name).load_state_dict(weights)
-        for optimizer, saved in zip(self._optimizers, state.optimizers["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        for schedule, saved in zip(self._schedules, state.optimizers["schedules"], strict=True):
-            schedule.load_state_dict(saved)
-        self.load_state_dict(state.values)
+        self.generator.load_state_dict(state.weights["generator"])
+        self.fake_score.load_state_dict(state.weights["fake_score"])
+        for learner, saved in zip(self.learners, state.optimizers["optimizers"], strict=True):
+            learner.optimizer.load_state_dict(saved)
+        schedules = state.optimizers["schedules"]
+        self.load_state_dict(state.values | {"ema": state.weights["ema"], "schedules": schedules})
 
     def state_dict(self) -> dict[str, Any]:
-        """What accelerate's `save_state` does not know of: counters, log and the averaged generator."""
-        values = {"nimg": self.nimg, "steps": self._steps, "skipped": int(self._skipped), "best": self.best}
-        return values | {"history": self.history, "ema": self.ema.state_dict()}
+        """What accelerate's `save_state` does not know of: counters, log, schedules and the averaged generator."""
+        return {
+            "nimg": self.nimg,
+            "skipped": int(self._skipped[0]),
+            "best": self.best,
+            "history": self.history,
+            "schedules": [learner.schedule.state_dict() for learner in self.learners if learner.schedule is not None],
+            "ema": self.ema.state_dict(),
+        }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave; the average may be missing."""
-        self.nimg, self._steps, self.best = values["nimg"], values["steps"], values["best"]
-        self.history = list(values["history"])
+        """Take up what `state_dict` gave."""
+        self.nimg, self.best, self.history = values["nimg"], values["best"], list(values["history"])
         self._skipped.fill_(values["skipped"])
-        if "ema" in values:
-            self.ema.load_state_dict(values["ema"])
+        self.ema.load_state_dict(values["ema"])
+        schedules = [learner.schedule for learner in self.learners if learner.schedule is not None]
+        for schedule, saved in zip(schedules, values["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What decides the course of the training beside the config, as plain values."""
+        pipe = self._augment
+        augmentation = (
+            None if pipe is None else {name: float(value) for name, value in ({"p": pipe.p} | pipe.multipliers).items()}
+        )
+        return {"teacher": fingerprint(self.teacher), "augment_pipe": augmentation}
 
     def export(self, folder: str | Path) -> None:
-        """Write the averaged generator as a `SiDPipeline`."""
+        """Write the averaged generator as a `SiDPipeline`.
+
+        Raises:
+            TypeError: If it cannot be saved so, since it is no `ModelMixin` of diffusers.
+        """
         SiDPipeline(self.ema, init_sigma=self.config.init_sigma).save_pretrained(folder)
 
 
-def _rounds(config: SiDConfig, world: int) -> tuple[int, int]:
-    """Images in a round, and rounds of a process in a step."""
-    if config.batch_size % world:
-        raise ValueError(f"batch_size must be a multiple of the {world} processes, got {config.batch_size}")
-    size = config.batch_gpu or config.batch_size // world
-    if config.batch_size % (size * world):
-        raise ValueError(
-            f"batch_size must be a multiple of batch_gpu ({size}) times the {world} processes, got {config.batch_size}"
-        )
-    return size, config.batch_size // (size * world)
-
-
-def _precision(config: SiDConfig, accelerator: Any) -> torch.dtype | None:
-    """What the networks' products are computed in; an accelerator's bf16 counts where the config asks for nothing."""
-    asked = str(accelerator.mixed_precision) if accelerator is not None else "no"
-    if asked not in ("no", "bf16"):
-        raise ValueError(
-            f"the accelerator's mixed_precision {asked!r} brings a gradient scaler: make it with 'no', and ask for "
-            "half precision in SiDConfig"
-        )
-    return _PRECISIONS[config.mixed_precision if config.mixed_precision != "no" else asked]
-
-
-def _learning(net: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in net.parameters() if parameter.requires_grad]
-
-
-def _finite_samples(*images: Tensor) -> Tensor:
+def _count_finite(*images: Tensor) -> Tensor:
     """Number of samples whose images are all finite, 0-dim; a sum is NaN or infinite if one of its terms is."""
     return sum(image.detach().flatten(1).sum(1) for image in images).isfinite().sum()  # type: ignore[union-attr]

@@ -95,6 +95,7 @@ def train(config: TrainConfig) -> tuple[TrainResult, SiDTrainer] | None:
             find_reference(config.reference),
             num_images=min(config.eval_images, _SMOKE_IMAGES) if config.smoke else config.eval_images,
             sampler=sampler(None, config.init_sigma),
+            label_probs=config.label_probs,
             device=accelerator.device if accelerator else device,
         )
     settings = config.settings(world)
@@ -113,7 +114,8 @@ def summary(result: TrainResult, trainer: SiDTrainer) -> str:
         *((name.replace("_", " "), f"{last[name]:.4g}") for name in ("fake_loss", "generator_loss") if name in last),
     ]
     if "metric" in last:
-        rows += [("Frechet distance, last", f"{last['metric']:.4g}"), ("Frechet distance, best", f"{result.best:.4g}")]
+        best = "none" if result.best is None else f"{result.best:.4g}"
+        rows += [("Frechet distance, last", f"{last['metric']:.4g}"), ("Frechet distance, best", best)]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from decathlon.shared.errors import UserError
 from decathlon.sid.data import load_digits, load_images
-from decathlon.sid.evaluate import FrechetEvaluator, Sampler, extract_features
+from decathlon.sid.evaluate import Sampler, extract_features, generated_features, read_statistics
 from decathlon.sid.features import DigitsFeatures, TorchScriptFeatures, load_feature_extractor, train_digits_features
 from decathlon.sid.metrics import feature_stats, frechet_distance, inception_score, precision_recall
 from decathlon.sid.sampling import edm_sampler, sample_one_step
@@ -88,21 +88,19 @@ def measure(
 
     Raises:
         UserError: If the extractor has no probabilities, or the reference no images, and they are needed.
-        ValueError: As `FrechetEvaluator`.
+        ValueError: As `generated_features` and `read_statistics`.
     """
     both = _WithProbabilities(extractor) if inception else extractor
-    # for its features alone: one set of images serves all figures
-    maker = FrechetEvaluator(both, {"mu": [0.0], "sigma": [[1.0]]}, batch_size=batch_size, sampler=sample)
     if isinstance(reference, Tensor):
         real = extract_features(extractor, reference, batch_size)
         mean, covariance = feature_stats(real)
     else:
         if nhood_size is not None:
             raise UserError(f"precision and recall need real images, but {reference} holds statistics")
-        with np.load(reference) as file:
-            mean, covariance = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
+        mean, covariance = read_statistics(reference)
     for seeds in trials:
-        features, probabilities = maker.features(net, seeds), None
+        # one set of images serves all figures
+        features, probabilities = generated_features(net, both, seeds, sampler=sample, batch_size=batch_size), None
         if inception:
             width = both.width
             features, probabilities = features[:, :width], features[:, width:]

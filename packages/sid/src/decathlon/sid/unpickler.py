@@ -340,4 +340,9 @@ def shown(value: object) -> str:
     if not isinstance(value, str | int | float | None):
         return f"a {type(value).__name__}"  # a repr may be endless
     text = str(value)
-    return text if len(text) <= _MAX_NAME_BYTES else f"{text[:_MAX_NAME_BYTES]}..."
+    return printable(text if len(text) <= _MAX_NAME_BYTES else f"{text[:_MAX_NAME_BYTES]}...")
+
+
+def printable(text: str) -> str:
+    """The text, in escapes if it has anything that a terminal would obey, or that cannot be written."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,116 @@
+"""The run of a distillation: step after step, with log, evaluations, checkpoints and an end."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from decathlon.shared.files import atomic_path
+from decathlon.shared.interruption import Interruption
+from decathlon.shared.progress import progress
+from decathlon.shared.records import to_json
+from decathlon.shared.rundir import RunDirectory
+from decathlon.sid.state import latest, states
+
+if TYPE_CHECKING:
+    from decathlon.sid.trainer import SiDTrainer
+
+_CHECKPOINTS, _LAST, _BEST = "checkpoints", "last", "best"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came of a training.
+
+    Attributes:
+        nimg: Generated images that the generator has learned from.
+        history: Lines of the log: nimg, fake_loss, generator_loss, images_per_second and, after an evaluation, metric.
+        best: Lowest metric; None without a finite one.
+        output_dir: Folder of the run: pipelines of the last generator in `last` and of the best in `best`; or None.
+    """
+
+    nimg: int
+    history: list[dict[str, float]]
+    best: float | None
+    output_dir: Path | None
+
+
+def run(trainer: SiDTrainer, resume: bool) -> TrainResult:
+    """What `SiDTrainer.train` does."""
+    c, processes = trainer.config, trainer.processes
+    folder = None if c.output_dir is None else Path(c.output_dir)
+    directory = None if folder is None else _open(trainer, folder, resume)
+    sums, steps, since = torch.zeros(2, device=processes.device), 0, time.perf_counter()
+    with (
+        Interruption(deferred=True) as interruption,
+        progress(total=c.steps, initial=trainer.steps, desc="distil", unit="step", disable=processes.rank > 0) as bar,
+    ):
+        while trainer.steps < c.steps:
+            losses = trainer.step()
+            sums, steps = sums + torch.stack((losses["fake_loss"], losses["generator_loss"])), steps + 1
+            for callback in trainer.callbacks:
+                callback(trainer, losses)
+            bar.update()
+            evaluates = trainer.evaluator is not None and c.eval_kimg is not None and _due(trainer, c.eval_kimg)
+            logs = evaluates or _due(trainer, c.log_kimg)
+            if logs:
+                seconds = time.perf_counter() - since
+                fake, generator = (sums / steps).tolist()
+                row = {"nimg": float(trainer.nimg), "fake_loss": fake, "generator_loss": generator}
+                row["images_per_second"] = steps * c.batch_size / seconds
+                bar.set_postfix(generator=f"{generator:.3g}", fake=f"{fake:.3g}")
+                if evaluates:
+                    row["metric"] = _evaluate(trainer, folder)
+                trainer.history.append(row)
+                if directory is not None:
+                    directory.log(**row)
+                sums, steps, since = torch.zeros_like(sums), 0, time.perf_counter()
+            # processes ask one another where they wait anyway
+            stops = processes.any(interruption.asked) if logs or processes.world == 1 else False
+            if folder is not None and (stops or _due(trainer, c.snapshot_kimg)):
+                _snapshot(trainer, folder)
+            if stops:
+                break
+    return TrainResult(trainer.nimg, trainer.history, trainer.best, folder)
+
+
+def _due(trainer: SiDTrainer, kimg: float) -> bool:
+    """Whether the last step has passed a multiple of so many thousand images, or was the last of all."""
+    every, before = kimg * 1000, trainer.nimg - trainer.config.batch_size
+    return trainer.steps == trainer.config.steps or int(trainer.nimg / every) > int(before / every)
+
+
+def _evaluate(trainer: SiDTrainer, folder: Path | None) -> float:
+    value = float("nan") if trainer.evaluator is None else float(trainer.evaluator(trainer.ema))
+    if math.isfinite(value) and (trainer.best is None or value < trainer.best):
+        trainer.best = value
+        if folder is not None and trainer.processes.rank == 0:
+            trainer.export(folder / _BEST)
+    return value
+
+
+def _open(trainer: SiDTrainer, folder: Path, resume: bool) -> RunDirectory | None:
+    """Open the folder of the run, and load what it holds."""
+    newest = latest(folder / _CHECKPOINTS)
+    first = trainer.processes.rank == 0
+    directory = RunDirectory(folder, trainer.config.decisive(), resume=resume) if first else None
+    if newest is not None and resume:
+        trainer.load_checkpoint(newest)
+    if directory is not None:  # lines after the checkpoint will come again
+        with atomic_path(folder / "metrics.jsonl") as path:
+            path.write_text("".join(to_json(row) + "\n" for row in trainer.history), encoding="utf-8")
+    return directory
+
+
+def _snapshot(trainer: SiDTrainer, folder: Path) -> None:
+    if trainer.processes.rank == 0:
+        trainer.save_checkpoint(folder / _CHECKPOINTS / f"{trainer.nimg:012d}")
+        trainer.export(folder / _LAST)
+        for old in states(folder / _CHECKPOINTS)[: -trainer.config.keep_last]:
+            shutil.rmtree(old)
