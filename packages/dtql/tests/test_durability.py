@@ -102,15 +102,22 @@ def alive(pid):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "seeds", "jobs"),
-    [(signal.SIGTERM, [0], 1), (signal.SIGTERM, [0, 1], 2), (signal.SIGINT, [0, 1, 2], 2)],
-    ids=["terminated", "terminated-two", "interrupted-one-waits"],
+    ("number", "times", "seeds", "jobs"),
+    [
+        (signal.SIGTERM, 1, [0], 1),
+        (signal.SIGTERM, 3, [0, 1], 2),
+        (signal.SIGINT, 1, [0, 1, 2], 2),
+        (signal.SIGINT, 2, [0, 1], 2),
+    ],
+    ids=["terminated", "terminated-three-times", "interrupted-one-waits", "interrupted-twice-as-by-timeout"],
 )
-def test_a_stopped_training_leaves_agents_that_load(number, seeds, jobs):
+def test_a_stopped_training_leaves_agents_that_load(number, times, seeds, jobs):
     process = start([*MODULE, *LONG, "--seeds", *map(str, seeds), "--jobs", str(jobs), "--output", "run"])
     wait_for(lambda: all(steps_logged(seed) > 2 for seed in seeds[:jobs]), lambda: process.poll() is None)
     below = children(process.pid)
-    process.send_signal(number)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.02)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in err and "Traceback" not in err
