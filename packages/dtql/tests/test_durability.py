@@ -18,6 +18,7 @@ from decathlon.dtql import load_agent
 from decathlon.dtql.checkpoint import SaveClock
 from decathlon.dtql.cli import main
 from decathlon.dtql.collect import fork_dataset
+from decathlon.shared.files import locked
 from decathlon.shared.records import read_records
 
 FORK = "decathlon/Fork-v0"
@@ -124,6 +125,13 @@ def test_a_stopped_training_leaves_agents_that_load(number, times, seeds, jobs):
     for seed in seeds[:jobs]:
         assert load_agent(f"run/seed-{seed}/agent").num_updates > 0
     wait_for(lambda: not any(map(alive, below)), seconds=10)
+
+
+def test_two_runs_do_not_share_a_folder(capsys):
+    assert main([*TRAIN, "--output", "run"]) == 0
+    with locked("run/seed-0"):
+        assert main([*TRAIN, "--output", "run", "--resume"]) == 2
+    assert "run/seed-0 is in use by another run" in capsys.readouterr().err
 
 
 @pytest.mark.slow
