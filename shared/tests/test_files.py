@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from decathlon.shared.files import atomic_path
+from decathlon.shared.errors import UserError
+from decathlon.shared.files import atomic_path, locked
 
 
 def write_half(target, error, folder=False):
@@ -90,3 +91,11 @@ def test_a_path_given_as_text(tmp_path, monkeypatch):
     with atomic_path("plain.txt") as temporary:
         temporary.write_text("x")
     assert Path("plain.txt").read_text() == "x"
+
+
+def test_a_folder_is_kept_for_one(tmp_path):
+    refused = pytest.raises(UserError, match="run is in use by another run")
+    with locked(tmp_path / "run"), refused, locked(tmp_path / "run"):
+        pass
+    with locked(tmp_path / "run"):
+        pass

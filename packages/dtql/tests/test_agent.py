@@ -625,13 +625,15 @@ def test_ctrl_c_without_a_folder_and_twice(dataset, tmp_path):
 
     def insist(agent, row):
         interrupt(agent, row)
+        interrupt(agent, row)  # at once, as `timeout` sends it: still the first
+        time.sleep(1.1)
         interrupt(agent, row)
 
     with pytest.raises(KeyboardInterrupt):
         DTQL(S, A, small(), seed=0).fit(
             dataset, steps=9, batch_size=4, log_every=1, callback=insist, checkpoint_dir=tmp_path / "agent"
         )
-    assert interrupted == [1] and not (tmp_path / "agent").exists()
+    assert interrupted == [1, 1] and not (tmp_path / "agent").exists()
 
 
 def test_a_fit_in_a_thread(dataset, tmp_path):
@@ -652,6 +654,7 @@ def test_a_fit_in_a_thread(dataset, tmp_path):
         {"steps": 1, "log_every": 0},
         {"steps": 1, "eval_every": 0},
         {"steps": 1, "checkpoint_every": 0},
+        {"steps": 1, "checkpoint_every": 2},
     ],
 )
 def test_arguments_of_fit(dataset, arguments):

@@ -18,6 +18,7 @@ from decathlon.dtql import load_agent
 from decathlon.dtql.checkpoint import SaveClock
 from decathlon.dtql.cli import main
 from decathlon.dtql.collect import fork_dataset
+from decathlon.shared.files import locked
 from decathlon.shared.records import read_records
 
 FORK = "decathlon/Fork-v0"
@@ -102,21 +103,35 @@ def alive(pid):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "seeds", "jobs"),
-    [(signal.SIGTERM, [0], 1), (signal.SIGTERM, [0, 1], 2), (signal.SIGINT, [0, 1, 2], 2)],
-    ids=["terminated", "terminated-two", "interrupted-one-waits"],
+    ("number", "times", "seeds", "jobs"),
+    [
+        (signal.SIGTERM, 1, [0], 1),
+        (signal.SIGTERM, 3, [0, 1], 2),
+        (signal.SIGINT, 1, [0, 1, 2], 2),
+        (signal.SIGINT, 2, [0, 1], 2),
+    ],
+    ids=["terminated", "terminated-three-times", "interrupted-one-waits", "interrupted-twice-as-by-timeout"],
 )
-def test_a_stopped_training_leaves_agents_that_load(number, seeds, jobs):
+def test_a_stopped_training_leaves_agents_that_load(number, times, seeds, jobs):
     process = start([*MODULE, *LONG, "--seeds", *map(str, seeds), "--jobs", str(jobs), "--output", "run"])
     wait_for(lambda: all(steps_logged(seed) > 2 for seed in seeds[:jobs]), lambda: process.poll() is None)
     below = children(process.pid)
-    process.send_signal(number)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.02)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in err and "Traceback" not in err
     for seed in seeds[:jobs]:
         assert load_agent(f"run/seed-{seed}/agent").num_updates > 0
     wait_for(lambda: not any(map(alive, below)), seconds=10)
+
+
+def test_two_runs_do_not_share_a_folder(capsys):
+    assert main([*TRAIN, "--output", "run"]) == 0
+    with locked("run/seed-0"):
+        assert main([*TRAIN, "--output", "run", "--resume"]) == 2
+    assert "run/seed-0 is in use by another run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -235,3 +235,13 @@ def test_videos_name_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "moviepy", None)
     with pytest.raises(ImportError, match=r'pip install "decathlon-dtql\[video\]"'):
         record_video(constant(0.0), FORK_ID, tmp_path / "videos")
+
+
+def test_rewards_that_are_no_number_are_no_return():
+    class Broken(Counting):
+        def step(self, action):
+            observation, _, *rest = super().step(action)
+            return observation, math.nan, *rest
+
+    with pytest.raises(ValueError, match="return is NaN or infinite"):
+        evaluate(constant(0.0), SyncVectorEnv([lambda: Broken(0)]), episodes=1)

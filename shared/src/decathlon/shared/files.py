@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from decathlon.shared.errors import UserError
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -43,3 +47,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 shutil.rmtree(rest)
             else:
                 rest.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes out of `folder` for this block; UserError if one is in it. A killed one is out of it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder} is in use by another run: wait for its end, or choose another output") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TOGETHER = 1.0  # seconds; `timeout` and launchers send one signal twice, to a process and to its group
 
 
 class Interruption:
     """Remembers Ctrl-C or SIGTERM within a `with` block, so that a loop can end between two steps.
 
     After the block the signal takes its course, and a KeyboardInterrupt says that the loop was cut short. A second
-    Ctrl-C acts at once. A second SIGTERM does not: schedulers and launchers send several, and SIGKILL when they are
-    tired of waiting.
+    Ctrl-C, at least a second later, acts at once. A second SIGTERM does not: schedulers and launchers send several, and
+    SIGKILL when they are tired of waiting.
 
     Args:
         deferred: False leaves the signals as they are.
@@ -62,23 +64,37 @@ class Interruption:
 
     def _remember(self, number: int, _: object) -> None:
         if self._first is None:
-            self._first = number
-        elif number == signal.SIGINT and self._first == signal.SIGINT:
+            self._first, self._since = number, time.monotonic()
+        elif number == signal.SIGINT == self._first and time.monotonic() - self._since > _TOGETHER:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
 
 
 @contextmanager
 def terminating_as_interrupting() -> Iterator[None]:
-    """Within this block SIGTERM, by which schedulers end a job, acts as Ctrl-C does."""
-    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Within this block SIGTERM, by which schedulers end a job, acts as Ctrl-C does: a KeyboardInterrupt.
+
+    A second one would cut short what follows the first, so it counts only if it is a Ctrl-C, at least a second later.
+    """
+    last = -_TOGETHER
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if last < 0 or (number == signal.SIGINT and now - last > _TOGETHER):
+            last = now
+            raise KeyboardInterrupt
+
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    found = {number: signal.getsignal(number) for number in _SIGNALS} if _in_main_thread() else {}
+    replaced = {number: handler for number, handler in found.items() if handler is usual[number]}
+    for number in replaced:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -181,6 +181,8 @@ def _run(
             if mode is AutoresetMode.DISABLED and over.any():
                 observations, _ = env.reset(options={"reset_mask": over})
     index, turn, returns, lengths, successes = (np.concatenate(column) for column in zip(*records, strict=True))
+    if not np.isfinite(returns).all():
+        raise ValueError(f"{name}: an episode's return is NaN or infinite, so its rewards are no measure")
     order = np.lexsort((index, turn))  # first episodes of all environments, then second ones
     return returns[order], lengths[order], successes[order] if tells else None
 

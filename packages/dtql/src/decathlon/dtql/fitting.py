@@ -48,6 +48,8 @@ class Fitting:
         check_counts(0, steps=steps, pretrain_steps=pretrain_steps)
         check_counts(1, batch_size=batch_size, log_every=log_every)
         check_counts(1, eval_every=eval_every, checkpoint_every=checkpoint_every)
+        if checkpoint_dir is None and not (checkpoint_every is None and checkpoint_minutes is None):
+            raise ValueError("checkpoint_every and checkpoint_minutes need a checkpoint_dir to save in")
         self._clock = SaveClock(checkpoint_every, checkpoint_minutes)
         if resume:
             steps = max(steps - agent.num_updates, 0)

@@ -56,6 +56,7 @@ class SeedScores:
         rows.append(_row("mean", map(fmean, columns)))
         if len(self.seeds) > 1:
             rows.append(_row("standard error", (stdev(column) / len(column) ** 0.5 for column in columns)))
+        if len(self.seeds) > 2:  # of two the ends would be the two themselves
             intervals = (bootstrap_mean(column) for column in columns)
             rows.append(["95 % interval", *(f"[{low:.1f}, {high:.1f}]" for _, low, high in intervals)])
         if self.paper is not None:

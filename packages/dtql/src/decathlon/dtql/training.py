@@ -24,7 +24,7 @@ from decathlon.dtql.settings import Run, TrainConfig, agent_settings, evaluation
 from decathlon.dtql.sources import made_up_data, made_up_environment, read_data
 from decathlon.dtql.workers import run_all
 from decathlon.shared.errors import UserError
-from decathlon.shared.files import atomic_path
+from decathlon.shared.files import atomic_path, locked
 from decathlon.shared.plots import save_figure, use_style
 from decathlon.shared.records import to_json
 from decathlon.shared.rundir import RunDirectory
@@ -74,8 +74,13 @@ def train_seed(run: Run, dataset: OfflineDataset, directory: RunDirectory, seed:
     """Train, or train on, the agent of a seed; returns its learning curve, which is also in metrics.jsonl.
 
     Raises:
-        UserError: If the run has diverged.
+        UserError: If the run has diverged, or another process is at it.
     """
+    with locked(directory.path):
+        return _train_seed(run, dataset, directory, seed)
+
+
+def _train_seed(run: Run, dataset: OfflineDataset, directory: RunDirectory, seed: int) -> Curve:
     checkpoint = directory.path / AGENT_FOLDER
     clear_rests(checkpoint)
     cls = next(agent for agent in AGENTS.values() if agent.config_class is type(run.settings))

@@ -60,9 +60,16 @@ def run_each(
                 if future.exception() is None:
                     yield places[future], future.result()
         except BaseException:
+            started = set(multiprocessing.active_children()) - others
             for future in futures:
                 future.cancel()
-            _stop(process.pid for process in set(multiprocessing.active_children()) - others)
+            try:
+                _stop(process.pid for process in started)
+                pool.shutdown()
+            except BaseException:  # a further signal: without its farewell the pool would wait for ever
+                for process in started:
+                    process.kill()
+                raise
             raise
         try:
             for future in futures:
