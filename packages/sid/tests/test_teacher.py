@@ -24,9 +24,8 @@ def two_images() -> torch.Tensor:
 
 
 def test_a_teacher_learns_where_the_images_are() -> None:
-    teacher = train_teacher(
-        net(), two_images(), config=TeacherConfig(steps=150, batch_size=32, lr=4e-3, warmup_steps=10)
-    )
+    config = TeacherConfig(steps=150, batch_size=32, lr=4e-3, warmup_steps=10)
+    teacher = train_teacher(two_images(), config=config, net=net())
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     with torch.no_grad():
         near = teacher(two_images()[:2] + 0.1 * torch.randn(2, 1, 4, 4), 0.1)
@@ -38,7 +37,7 @@ def test_a_teacher_learns_where_the_images_are() -> None:
 def test_classes_tell_the_images_apart() -> None:
     config = TeacherConfig(steps=150, batch_size=32, lr=4e-3, warmup_steps=10)
     labels = torch.arange(32) % 2
-    teacher = train_teacher(net(label_dim=2), two_images(), labels, config)
+    teacher = train_teacher(two_images(), labels, config, net=net(label_dim=2))
     with torch.no_grad():
         guessed = teacher(20 * torch.randn(2, 1, 4, 4), 20.0, torch.tensor([0, 1])).mean((1, 2, 3))
     assert guessed[0] < -0.3 and guessed[1] > 0.3
@@ -46,8 +45,8 @@ def test_classes_tell_the_images_apart() -> None:
 
 def test_the_same_seed_gives_the_same_teacher() -> None:
     config = TeacherConfig(steps=5, batch_size=4)
-    first, second = (train_teacher(net(dropout=0.2), two_images(), config=config) for _ in range(2))
-    other = train_teacher(net(dropout=0.2), two_images(), config=TeacherConfig(steps=5, batch_size=4, seed=1))
+    first, second = (train_teacher(two_images(), config=config, net=net(dropout=0.2)) for _ in range(2))
+    other = train_teacher(two_images(), config=TeacherConfig(steps=5, batch_size=4, seed=1), net=net(dropout=0.2))
     pairs = list(zip(first.parameters(), second.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert not all(torch.equal(a, c) for a, _, c in pairs)
@@ -57,7 +56,7 @@ def test_the_same_seed_gives_the_same_teacher() -> None:
 def test_a_training_that_diverges_is_an_error(steps: int) -> None:
     config = TeacherConfig(steps=steps, batch_size=4, lr=1e30, warmup_steps=0)
     with pytest.raises(RuntimeError, match="diverged"):
-        train_teacher(net(), two_images(), config=config)
+        train_teacher(two_images(), config=config, net=net())
 
 
 @pytest.mark.parametrize(
@@ -74,8 +73,17 @@ def test_a_training_that_diverges_is_an_error(steps: int) -> None:
 )
 def test_data_that_do_not_fit(data: torch.Tensor, labels: torch.Tensor | None, label_dim: int, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        train_teacher(net(label_dim=label_dim), data, labels, TeacherConfig(steps=1))
+        train_teacher(data, labels, TeacherConfig(steps=1), net=net(label_dim=label_dim))
     with pytest.raises(ValueError, match="augment"):
-        train_teacher(net(), torch.zeros(3, 1, 4, 4), config=TeacherConfig(augment_p=0.1))
+        train_teacher(torch.zeros(3, 1, 4, 4), config=TeacherConfig(augment_p=0.1), net=net())
     with pytest.raises(TypeError, match="no denoiser"):
-        train_teacher(torch.nn.Linear(1, 1), torch.zeros(3, 1, 4, 4))
+        train_teacher(torch.zeros(3, 1, 4, 4), net=torch.nn.Linear(1, 1))
+
+
+def test_a_network_that_suits_the_images_is_made() -> None:
+    images, labels = torch.zeros(6, 3, 4, 4), torch.arange(6) % 3
+    teacher = train_teacher(images, labels, TeacherConfig(steps=1, batch_size=2, augment_p=0.1))
+    assert (teacher.img_resolution, teacher.img_channels, teacher.label_dim, teacher.augment_dim) == (4, 3, 3, 9)
+    assert train_teacher(images, config=TeacherConfig(steps=1, batch_size=2)).label_dim == 0
+    with pytest.raises(ValueError, match="square images"):
+        train_teacher(torch.zeros(3, 1, 4, 6))

@@ -219,7 +219,7 @@ def prepare(recipe: Recipe, folder: Path) -> None:
             settings = TeacherConfig(steps=recipe.teacher_steps, lr=recipe.teacher_lr, batch_size=recipe.batch_size)
             if recipe.smoke:
                 settings = TeacherConfig(steps=2, batch_size=4)
-            teacher: Any = train_teacher(_network(recipe, images.shape[2]), images, config=settings)
+            teacher: Any = train_teacher(images, config=settings, net=_network(recipe, images.shape[2]))
             with atomic_path(teacher_path(recipe, folder)) as path:
                 teacher.save_pretrained(path)
 

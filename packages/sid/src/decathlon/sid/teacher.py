@@ -15,17 +15,20 @@ from decathlon.sid.augment import AugmentPipe
 from decathlon.sid.config import TeacherConfig
 from decathlon.sid.denoisers import check_denoiser
 from decathlon.sid.draws import seed_torch
+from decathlon.sid.networks import EDMPrecond
 from decathlon.sid.objectives import add_noise, edm_sigma, fake_score_loss, scaled_loss
 
 
-def train_teacher(net: Any, data: Tensor, labels: Tensor | None = None, config: TeacherConfig | None = None) -> Any:
+def train_teacher(
+    data: Tensor, labels: Tensor | None = None, config: TeacherConfig | None = None, *, net: Any = None
+) -> Any:
     """Train a denoiser on images (arXiv 2206.00364, section 5) on the device of the network.
 
     Args:
-        net: The network, called as `EDMPrecond`; it is trained in place.
         data: Images in [-1, 1], float [M, C, R, R].
         labels: Their classes, int64 [M]; None without classes.
         config: The settings; None for the defaults.
+        net: Called as `EDMPrecond`, and trained in place. None: a small `SongUNet` that suits the images.
 
     Returns:
         A copy of the network with the averaged weights, frozen: a teacher for `SiDTrainer`.
@@ -35,8 +38,9 @@ def train_teacher(net: Any, data: Tensor, labels: Tensor | None = None, config: 
         ValueError: For images of another shape or range, or classes that do not fit.
         RuntimeError: If the training diverges.
     """
-    check_denoiser(net)
     c = config or TeacherConfig()
+    net = _small_network(data, labels, c) if net is None else net
+    check_denoiser(net)
     _check_data(net, data, labels)
     device = next(net.parameters()).device
     data = data.to(device, torch.float32)
@@ -83,6 +87,25 @@ def train_teacher(net: Any, data: Tensor, labels: Tensor | None = None, config: 
                     bar.set_postfix(loss=f"{float(loss.detach()):.3g}")
     net.eval()
     return averaged
+
+
+def _small_network(data: Tensor, labels: Tensor | None, c: TeacherConfig) -> EDMPrecond:
+    if data.ndim != 4 or data.shape[2] != data.shape[3]:
+        raise ValueError(f"data must be square images [M, C, R, R], got {list(data.shape)}")
+    with torch.random.fork_rng([]):
+        seed_torch(c.seed, torch.device("cpu"))
+        return EDMPrecond(
+            data.shape[2],
+            data.shape[1],
+            0 if labels is None else int(labels.max()) + 1,
+            model_type="SongUNet",
+            model_channels=32,
+            channel_mult=[1, 1],
+            num_blocks=1,
+            attn_resolutions=[],
+            dropout=0.0,
+            augment_dim=9 if c.augment_p else 0,
+        )
 
 
 def _rate(step: int, c: TeacherConfig) -> float:
