@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from decathlon.shared.files import locked
 from decathlon.sid.augment import AugmentPipe
 from decathlon.sid.config import SiDConfig
 from decathlon.sid.denoisers import frozen, label_probabilities
@@ -459,6 +460,13 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert [[r[k] for k in keys] for r in result.history][-2:] == [[r[k] for k in keys] for r in whole_result.history][
         -2:
     ]
+
+
+def test_a_folder_is_kept_for_one_run(tmp_path: Path) -> None:
+    trainer = SiDTrainer(small_net(), small_config(output_dir=str(tmp_path / "run")))
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
+        trainer.train()
+    trainer.train()
 
 
 def test_checkpoints_of_others_are_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tabulate import tabulate
 from decathlon.shared.config import run_cli
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
+from decathlon.shared.interruption import terminating_as_interrupting
 from decathlon.shared.intervals import bootstrap_mean
 from decathlon.shared.progress import progress
 from decathlon.sid import experiment, training
@@ -314,8 +315,9 @@ def _arguments(argv: Sequence[str]) -> list[str]:
     return [*([name] if name else []), *named, *flags]
 
 
+@terminating_as_interrupting()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run the command line; returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C or SIGTERM."""
     return run_cli(
         "decathlon-sid",
         "Score identity Distillation: one-step generators from pretrained diffusion models, without data.",

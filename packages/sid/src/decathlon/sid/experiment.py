@@ -15,7 +15,6 @@ from joblib import Parallel, delayed
 
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
-from decathlon.shared.interruption import terminating_as_interrupting
 from decathlon.shared.intervals import Interval
 from decathlon.shared.progress import progress
 from decathlon.shared.records import (
@@ -78,8 +77,7 @@ class Outcome:
 def reproduce(config: ReproduceConfig) -> None:
     """Run an experiment with its baselines, and print results and claims with intervals."""
     start = time.perf_counter()
-    with terminating_as_interrupting():
-        outcome = run(config, config.output, resume=config.resume, jobs=config.jobs)
+    outcome = run(config, config.output, resume=config.resume, jobs=config.jobs)
     print(f"\n{outcome.tables()}\n")
     print(f"records, claims and figures in {outcome.folder} ({time.perf_counter() - start:.0f} s)")
     if config.smoke:

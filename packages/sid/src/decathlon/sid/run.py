@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from decathlon.shared.files import atomic_path
+from decathlon.shared.files import atomic_path, locked
 from decathlon.shared.interruption import Interruption
 from decathlon.shared.progress import progress
 from decathlon.shared.records import to_json
@@ -43,8 +44,13 @@ class TrainResult:
 
 def run(trainer: SiDTrainer, resume: bool) -> TrainResult:
     """What `SiDTrainer.train` does."""
+    folder = None if trainer.config.output_dir is None else Path(trainer.config.output_dir)
+    with nullcontext() if folder is None or trainer.processes.rank > 0 else locked(folder):
+        return _run(trainer, folder, resume)
+
+
+def _run(trainer: SiDTrainer, folder: Path | None, resume: bool) -> TrainResult:
     c, processes = trainer.config, trainer.processes
-    folder = None if c.output_dir is None else Path(c.output_dir)
     directory = None if folder is None else _open(trainer, folder, resume)
     sums, steps, since = torch.zeros(2, device=processes.device), 0, time.perf_counter()
     with (
