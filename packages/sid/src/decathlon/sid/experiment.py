@@ -6,12 +6,13 @@ Every finished cell is stored at once, so a run that was stopped goes on where i
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
 
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
@@ -136,8 +137,15 @@ def _finish(recipe: Recipe, folder: Path, cells: list[Cell], jobs: int) -> Itera
     """Run cells, in this process or in others, and yield each one when its file is there."""
     if jobs == 1:
         return (_run_and_store(recipe, folder, cell) for cell in cells)
-    workers = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="all")
-    return workers(delayed(_run_and_store)(recipe, folder, cell) for cell in cells)
+    with parallel_config("loky", initializer=_leave_signals_to_the_parent):
+        workers = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="all")
+        return workers(delayed(_run_and_store)(recipe, folder, cell) for cell in cells)
+
+
+def _leave_signals_to_the_parent() -> None:
+    """A process that is ended by its parent in any case need not print a traceback at Ctrl-C first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _run_and_store(recipe: Recipe, folder: Path, cell: Cell) -> Cell:
