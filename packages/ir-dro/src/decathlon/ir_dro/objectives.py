@@ -1,0 +1,609 @@
+"""The mathematics of instance-reweighted training (IR-DRO, arXiv 2402.14270), one function for each equation.
+
+Notation: an effective batch holds N samples; l_i is the mean cross-entropy of the loss tokens of sample i, in nats. A
+sample without loss tokens is not part of the problem: it has no weight and is not counted in N. Everything about
+weights is computed in float64 where the device has it, and given back in float32, or in float64 for such losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+SHAPES = ("quadratic", "linear", "upper", "linupper", "extremes")
+REDUCTIONS = ("mean", "sum")
+_NARROWEST = 1e-6  # of the range of losses, so that equal losses get equal weights
+
+
+class SampleLosses(NamedTuple):
+    """Losses of samples.
+
+    Attributes:
+        losses: [S], in nats; 0 for a sample without loss tokens.
+        counts: Loss tokens, int64 [S].
+    """
+
+    losses: Tensor
+    counts: Tensor
+
+
+class IRDROOutput(NamedTuple):
+    """What `ir_dro_loss` gives.
+
+    Attributes:
+        loss: Scalar, to be differentiated; times the number of processes if there is a `group`.
+        weights: q, [S], without gradient; with a `group`, this process's part of the softmax over all.
+        robust_loss: R, the value of the inner maximum, scalar, without gradient, over all processes.
+        log_normalizer: Z = logsumexp of l / temperature + ln p, scalar, without gradient, over all processes.
+    """
+
+    loss: Tensor
+    weights: Tensor
+    robust_loss: Tensor
+    log_normalizer: Tensor
+
+
+class OnlineUpdate(NamedTuple):
+    """What a micro-batch changes.
+
+    Attributes:
+        weights: Of its samples, [S].
+        decay: What the gradients of the micro-batches before it are multiplied with, between 0 and 1; scalar.
+        log_normalizer: Z of all micro-batches so far; scalar.
+    """
+
+    weights: Tensor
+    decay: Tensor
+    log_normalizer: Tensor
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of rows of logits, a chunk at a time: no copy of the logits outlives its chunk.
+
+    Forward keeps the logits and the log-normaliser of each row; backward computes the softmax again and writes the
+    gradient in the logits' own precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, smoothing: float, chunk: int) -> Tensor:
+        mask = labels != ignore_index
+        targets = labels.masked_fill(~mask, 0)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        losses = torch.empty(labels.shape, dtype=wide, device=logits.device)
+        normalizers = torch.empty_like(losses)
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
+            scores = logits[part].to(wide)
+            torch.logsumexp(scores, dim=1, out=normalizers[part])
+            losses[part] = normalizers[part] - scores.gather(1, targets[part, None]).squeeze(1)
+            if smoothing:
+                uniform = normalizers[part] - scores.mean(dim=1)
+                losses[part] = (1 - smoothing) * losses[part] + smoothing * uniform
+        ctx.save_for_backward(logits, targets, mask, normalizers)
+        ctx.smoothing, ctx.chunk = smoothing, chunk
+        return losses.masked_fill_(~mask, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, targets, mask, normalizers = ctx.saved_tensors
+        result, asked = torch.empty_like(logits), mask & (gradient != 0)
+        for start in range(0, len(targets), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            scores = logits[part].to(normalizers.dtype).sub_(normalizers[part, None]).exp_()
+            if ctx.smoothing:
+                scores -= ctx.smoothing / scores.shape[1]
+            scores.scatter_add_(1, targets[part, None], scores.new_full((len(scores), 1), ctx.smoothing - 1))
+            # where nothing is asked for, nothing comes, not even of logits that are not finite
+            result[part] = scores.mul_(gradient[part, None]).masked_fill_(~asked[part, None], 0.0)
+        return result, None, None, None, None
+
+
+def token_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    shift: bool = True,
+    label_smoothing: float = 0.0,
+    chunk_tokens: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every token, -log p(y_t | y_<t), and which tokens have one.
+
+    Args:
+        logits: [B, T, V].
+        labels: int64 [B, T].
+        ignore_index: Label of a token that is not to be learned.
+        shift: Whether the logits at a place are for the label at the next, as those of a language model are.
+        label_smoothing: e: the loss is (1 - e) of the cross-entropy and e of the mean of -log p over the vocabulary, as
+            transformers has it.
+        chunk_tokens: Tokens at a time; the copies that are needed of the logits are of this many.
+
+    Returns:
+        Losses, [B, T - 1] ([B, T] without `shift`), float32, or float64 for such logits, 0 where there is none; and the
+        mask, bool, of the same shape.
+
+    Raises:
+        ValueError: If shapes do not fit, or an argument is out of its range.
+    """
+    if logits.ndim != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"logits must be [B, T, V] and labels [B, T], got {list(logits.shape)} and {list(labels.shape)}"
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    if shift:  # of the labels, as the logits would have to be copied
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    losses: Tensor = _TokenCrossEntropy.apply(
+        logits.flatten(0, 1), labels.flatten(), ignore_index, label_smoothing, chunk_tokens
+    )
+    losses, mask = losses.unflatten(0, labels.shape), labels != ignore_index
+    return (losses[:, :-1], mask[:, :-1]) if shift else (losses, mask)
+
+
+def sample_ids_from_position_ids(position_ids: Tensor) -> Tensor:
+    """Which sample of its row a token of a packed batch belongs to: position 0 begins one.
+
+    Args:
+        position_ids: Place of a token within its sample, [B, T].
+
+    Returns:
+        int64 [B, T], counted from 0 in each row.
+
+    Raises:
+        ValueError: If it is not of two dimensions.
+    """
+    if position_ids.ndim != 2:
+        raise ValueError(f"position_ids must be [B, T], got {list(position_ids.shape)}")
+    return (position_ids == 0).cumsum(dim=1) - 1
+
+
+def sample_losses(
+    token_losses: Tensor, mask: Tensor, *, sample_ids: Tensor | None = None, reduction: str = "mean"
+) -> SampleLosses:
+    """Losses of samples: l_i = (1 / n_i) sum_t of the losses of its tokens.
+
+    Args:
+        token_losses: [B, T].
+        mask: Which of them count, bool [B, T].
+        sample_ids: Sample of its row that a token belongs to, from 0, [B, T]; None: a row is a sample.
+        reduction: "mean" or "sum" over the tokens of a sample.
+
+    Returns:
+        Losses and counts: of the rows, or of the samples of row 0, then of row 1, and so on. A sample without a token
+        that counts keeps its place, with loss 0 and count 0.
+
+    Raises:
+        ValueError: If shapes do not fit, an id is negative, or the reduction is not known.
+    """
+    _check_known("reduction", reduction, REDUCTIONS)
+    if token_losses.ndim != 2 or mask.shape != token_losses.shape:
+        raise ValueError(f"token_losses and mask must be [B, T], got {list(token_losses.shape)} and {list(mask.shape)}")
+    mask = mask.bool()
+    token_losses = token_losses.masked_fill(~mask, 0.0)
+    if sample_ids is None:
+        totals, counts = token_losses.sum(dim=1), mask.sum(dim=1)
+    else:
+        if sample_ids.shape != token_losses.shape:
+            raise ValueError(f"sample_ids must be {list(token_losses.shape)}, got {list(sample_ids.shape)}")
+        places, size = _places(sample_ids)
+        totals = token_losses.new_zeros(size).index_add(0, places, token_losses.flatten())
+        counts = mask.new_zeros(size, dtype=torch.int64).index_add(0, places, mask.flatten().long())
+    return SampleLosses(totals / counts.clamp(min=1) if reduction == "mean" else totals, counts)
+
+
+def _places(sample_ids: Tensor) -> tuple[Tensor, int]:
+    """Place of each token's sample among those of all rows, [B T], and their number."""
+    if sample_ids.numel() == 0:
+        return sample_ids.flatten().long(), 0
+    sizes = sample_ids.max(dim=1).values + 1
+    size, lowest = torch.stack((sizes.sum(), sample_ids.min())).tolist()  # how many there are decides a shape
+    if lowest < 0:
+        raise ValueError(f"sample_ids must be at least 0, got {lowest}: the first position of a row must be 0")
+    return (sample_ids + (sizes.cumsum(0) - sizes)[:, None]).flatten(), int(size)
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def ir_dro_weights(
+    losses: Tensor,
+    temperature: float = 1.0,
+    *,
+    valid: Tensor | None = None,
+    prior: Tensor | None = None,
+    log_normalizer: Tensor | None = None,
+) -> Tensor:
+    """The weights that solve the inner maximum of IR-DRO: q_i = p_i exp(l_i / t) / sum_j p_j exp(l_j / t).
+
+    They maximise sum_i q_i l_i - t sum_i q_i ln(q_i / p_i) over the simplex.
+
+    Args:
+        losses: Of the samples, l, [N].
+        temperature: t, the strength of the tie to the prior: infinite gives the prior, towards 0 the largest loss takes
+            all. The authors' `kl_reg`.
+        valid: Which samples are part of the problem, bool [N]; None: all.
+        prior: p, positive, [N], not necessarily of sum 1; None: uniform, as in the paper.
+        log_normalizer: Z to divide by, of a larger batch of which these samples are a part; None: that of these.
+
+    Returns:
+        q, [N], without gradient; 0 where not valid.
+
+    Raises:
+        ValueError: If a shape, the temperature, a prior or a valid loss does not fit.
+    """
+    scores = _checked_scores(losses, temperature, valid, prior)
+    normalizer = torch.logsumexp(scores, 0) if log_normalizer is None else log_normalizer.to(scores)
+    return _weights(scores, normalizer, losses)
+
+
+def ir_dro_loss(
+    losses: Tensor,
+    temperature: float = 1.0,
+    *,
+    valid: Tensor | None = None,
+    prior: Tensor | None = None,
+    group: Any = None,
+) -> IRDROOutput:
+    """The loss of IR-DRO: L = sum_i q_i l_i with q held fixed, whose gradient is that of the inner maximum R.
+
+    R = t (logsumexp_i(l_i / t + ln p_i) - ln sum_i p_i). By the envelope theorem grad L = grad R; as numbers L >= R.
+
+    Args:
+        losses: Of the samples, [N].
+        temperature: As in `ir_dro_weights`.
+        valid: As in `ir_dro_weights`.
+        prior: As in `ir_dro_weights`.
+        group: Processes that share the softmax: a process group, or "world"; None: this one alone. The loss is then
+            times their number, as DDP averages gradients. Each process may have another number of samples.
+
+    Returns:
+        Loss, weights, R and Z. Without a valid sample the loss is 0, and its gradient too.
+
+    Raises:
+        ValueError: As `ir_dro_weights`.
+    """
+    scores = _checked_scores(losses, temperature, valid, prior)
+    present = scores > -math.inf
+    masses = torch.ones_like(scores) if prior is None else prior.to(scores)
+    total = _gathered(torch.stack((torch.logsumexp(scores, 0), masses.masked_fill(~present, 0).sum())), group)
+    normalizer = torch.logsumexp(total[:, 0], 0)
+    weights = _weights(scores, normalizer, losses)
+    kept = losses.masked_fill(~present, 0.0)
+    loss = (weights * kept).sum()
+    if math.isinf(temperature):
+        robust = _gathered((weights.to(scores) * kept.detach().to(scores)).sum()[None], group).sum()
+    else:
+        robust = temperature * (normalizer - total[:, 1].sum().log())
+    robust = torch.where(normalizer > -math.inf, robust, torch.zeros_like(robust))
+    world = len(total)
+    return IRDROOutput(loss * world, weights, robust.to(weights), normalizer.to(weights))
+
+
+class OnlineNormalizer:
+    """The softmax over all micro-batches of a step, one micro-batch at a time (beyond the paper).
+
+    With Z_k = logaddexp(Z_{k-1}, logsumexp of micro-batch k): multiply the gradients that have been accumulated by
+    `decay` = exp(Z_{k-1} - Z_k), then add those of sum_i exp(l_i / t + ln p_i - Z_k) l_i. After the last one they are
+    exactly those of the softmax over all. No factor exceeds 1. It holds because the gradient is linear in the weights;
+    it does not for another term of the loss.
+
+    Args:
+        temperature: As in `ir_dro_weights`.
+        checked: Whether losses are checked, for which the device must be waited for.
+
+    Attributes:
+        log_normalizer: Z so far; None before the first micro-batch.
+        count: Micro-batches so far.
+
+    Raises:
+        ValueError: If the temperature is not above 0.
+    """
+
+    def __init__(self, temperature: float = 1.0, *, checked: bool = True) -> None:
+        _check_temperature(temperature)
+        self.temperature = temperature
+        self._scores = _checked_scores if checked else _scores
+        self.log_normalizer: Tensor | None = None
+        self.count = 0
+
+    def reset(self) -> None:
+        """Begin a step."""
+        self.log_normalizer = None
+        self.count = 0
+
+    def update(
+        self,
+        losses: Tensor,
+        *,
+        valid: Tensor | None = None,
+        prior: Tensor | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> OnlineUpdate:
+        """Take in a micro-batch.
+
+        Args:
+            losses: Of its samples, [S].
+            valid: As in `ir_dro_weights`.
+            prior: As in `ir_dro_weights`.
+            gather: From Z of this process to Z of all; for the last micro-batch, where several processes share a step.
+
+        Returns:
+            Weights, decay and Z.
+
+        Raises:
+            ValueError: As `ir_dro_weights`.
+        """
+        scores = self._scores(losses, self.temperature, valid, prior)
+        before = scores.new_full((), -math.inf) if self.log_normalizer is None else self.log_normalizer.to(scores)
+        after = torch.logaddexp(before, torch.logsumexp(scores, 0))
+        if gather is not None:
+            after = gather(after).to(scores)
+        self.log_normalizer = after
+        self.count += 1
+        # nothing valid so far: nothing to decay
+        decay = torch.where(after > -math.inf, torch.exp(before - after), torch.ones_like(after))
+        weights = _weights(scores, after, losses)
+        return OnlineUpdate(weights, decay.to(weights), after)
+
+
+def rank_weights(
+    losses: Tensor,
+    fraction: float = 0.125,
+    portion: int = 1,
+    *,
+    capacity: int | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Weights of a slice of the ranking by loss: HardRanking with portion 0, MidRanking above.
+
+    With c = max(1, int(fraction N)), the samples at the places portion c to (portion + 1) c - 1 by falling loss share
+    the weight evenly; of equal losses the first comes first.
+
+    Args:
+        losses: Of the samples, [N].
+        fraction: Size of the slice, above 0 and at most 1.
+        portion: Number of the slice.
+        capacity: c, in place of the one of `fraction`.
+        valid: Which samples are part of the problem, bool [N]; None: all. N counts these.
+
+    Returns:
+        [N], without gradient.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the slice begins past the last sample.
+    """
+    valid = _checked_valid(losses, valid)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
+    if portion < 0 or portion != int(portion):
+        raise ValueError(f"portion must be a whole number of at least 0, got {portion}")
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    weights = torch.zeros_like(_narrow(losses.detach(), losses))
+    number = int(valid.sum())
+    if number == 0:
+        return weights
+    size = max(1, int(fraction * number)) if capacity is None else capacity
+    if portion * size >= number:
+        raise ValueError(
+            f"portion {portion} of {size} samples begins past the last of {number}: the largest is "
+            f"{(number - 1) // size}"
+        )
+    order = _by_falling_loss(losses, valid)[:number]
+    chosen = order[portion * size : (portion + 1) * size]
+    weights[chosen] = 1 / len(chosen)
+    return weights
+
+
+def trim_highest(losses: Tensor, trim: float, *, valid: Tensor | None = None) -> Tensor:
+    """Leave out the samples of the highest losses, which noise has (beyond the paper).
+
+    Args:
+        losses: Of the samples, [N].
+        trim: Part that is left out, from 0 to 1: floor(trim N) samples, but never the last one.
+        valid: Which samples are part of the problem, bool [N]; None: all. N counts these.
+
+    Returns:
+        The samples that stay, bool [N].
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    valid = _checked_valid(losses, valid)
+    if not 0 <= trim <= 1:
+        raise ValueError(f"trim must lie between 0 and 1, got {trim}")
+    number = int(valid.sum())
+    kept = valid.clone()
+    kept[_by_falling_loss(losses, valid)[: min(math.floor(trim * number), max(number - 1, 0))]] = False
+    return kept
+
+
+def linear_rescale(
+    losses: Tensor, *, delta: float = 1.0, loss_min: float | Tensor = 0.75, loss_max: float | Tensor = 1.8
+) -> Tensor:
+    """h(l) = delta (2 l - a - b) / max(b - a, 1e-6): from [a, b] to [-delta, delta].
+
+    In the authors' code h is defined but not called; a later work (arXiv 2502.06733) uses it.
+
+    Args:
+        losses: l, [N].
+        delta: Half the width of what they are mapped to, above 0.
+        loss_min: a.
+        loss_max: b, at least a.
+
+    Returns:
+        [N].
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    _check_positive("delta", delta)
+    if not isinstance(loss_min, Tensor) and not isinstance(loss_max, Tensor) and not loss_min <= loss_max:
+        raise ValueError(f"loss_min must be at most loss_max, got {loss_min} and {loss_max}")
+    wide = losses.to(_accurate(losses))
+    low, high = (torch.as_tensor(bound, device=wide.device).to(wide) for bound in (loss_min, loss_max))
+    return _narrow(delta * (2 * wide - low - high) / (high - low).clamp(min=_NARROWEST), losses)
+
+
+def shape_score(x: Tensor, shape: str = "quadratic", *, delta: float = 1.0) -> Tensor:
+    """f(x), the score of a rescaled loss; a heuristic of a later work (arXiv 2502.06733).
+
+    "quadratic" 1 - x^2 / delta^2, which peaks in the middle, a soft MidRanking; "linear" x; "upper" (x + delta) / 2;
+    "linupper" min(x + delta, delta); "extremes" |x|.
+
+    Args:
+        x: Rescaled losses, [N].
+        shape: Name of f.
+        delta: As in `linear_rescale`.
+
+    Returns:
+        [N].
+
+    Raises:
+        ValueError: If the shape is not known, or `delta` not above 0.
+    """
+    _check_known("shape", shape, SHAPES)
+    _check_positive("delta", delta)
+    if shape == "quadratic":
+        return 1 - x.square() / delta**2
+    if shape == "upper":
+        return 0.5 * x + 0.5 * delta
+    if shape == "linupper":
+        return (x + delta).clamp(max=delta)
+    return x.abs() if shape == "extremes" else x
+
+
+def shaped_weights(
+    losses: Tensor,
+    temperature: float = 1.0,
+    *,
+    shape: str = "quadratic",
+    delta: float = 1.0,
+    loss_min: float | Tensor = 0.75,
+    loss_max: float | Tensor = 1.8,
+    valid: Tensor | None = None,
+    prior: Tensor | None = None,
+) -> Tensor:
+    """Weights by the shape of the loss: q = softmax of f(h(l)) / t + ln p.
+
+    Args:
+        losses: Of the samples, [N].
+        temperature: t, above 0.
+        shape: As in `shape_score`.
+        delta: As in `linear_rescale`.
+        loss_min: As in `linear_rescale`.
+        loss_max: As in `linear_rescale`.
+        valid: As in `ir_dro_weights`.
+        prior: As in `ir_dro_weights`.
+
+    Returns:
+        q, [N], without gradient; 0 where not valid.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    valid = _checked_valid(losses, valid)
+    wide = losses.detach().to(_accurate(losses)).masked_fill(~valid, 0.0)
+    rescaled = linear_rescale(wide, delta=delta, loss_min=loss_min, loss_max=loss_max)
+    scores = _checked_scores(shape_score(rescaled, shape, delta=delta), temperature, valid, prior)
+    return _weights(scores, torch.logsumexp(scores, 0), losses)
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """1 / (N sum_i q_i^2) over the samples that have a weight: 1 if all have the same, 1/N if one has it all.
+
+    Args:
+        weights: q, [N], of sum 1.
+
+    Returns:
+        Scalar; NaN without a sample.
+    """
+    return 1 / ((weights > 0).sum() * weights.square().sum())
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _scores(losses: Tensor, temperature: float, valid: Tensor | None, prior: Tensor | None) -> Tensor:
+    """Scores l / t + ln p, in the accurate precision, minus infinity where not valid; nothing is checked."""
+    scores = losses.detach().to(_accurate(losses)) / temperature
+    if prior is not None:
+        masses = prior.to(scores)
+        scores = scores + (masses if valid is None else masses.masked_fill(~valid, 1.0)).log()
+    return scores if valid is None else scores.masked_fill(~valid, -math.inf)
+
+
+def _checked_scores(losses: Tensor, temperature: float, valid: Tensor | None, prior: Tensor | None) -> Tensor:
+    _check_temperature(temperature)
+    valid = _checked_valid(losses, valid)
+    if prior is not None:
+        if prior.shape != losses.shape:
+            raise ValueError(f"prior must be {list(losses.shape)}, got {list(prior.shape)}")
+        if not bool(((prior > 0) & prior.isfinite() | ~valid).all()):
+            raise ValueError("prior must be above 0 and finite for every valid sample")
+    return _scores(losses, temperature, valid, prior)
+
+
+def _weights(scores: Tensor, normalizer: Tensor, losses: Tensor) -> Tensor:
+    # without a valid sample Z is minus infinity, and every score too
+    finite = torch.where(normalizer > -math.inf, normalizer, torch.zeros_like(normalizer))
+    return _narrow(torch.exp(scores - finite), losses)
+
+
+def _by_falling_loss(losses: Tensor, valid: Tensor) -> Tensor:
+    return torch.sort(losses.detach().masked_fill(~valid, -math.inf), descending=True, stable=True).indices
+
+
+def _gathered(values: Tensor, group: Any) -> Tensor:
+    """[processes, ...] of every process's values."""
+    if group is None or not (dist.is_available() and dist.is_initialized()):
+        return values[None]
+    group = None if group == "world" else group
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+def _accurate(losses: Tensor) -> torch.dtype:
+    return torch.float32 if losses.device.type == "mps" else torch.float64
+
+
+def _narrow(values: Tensor, losses: Tensor) -> Tensor:
+    return values.to(torch.float64 if losses.dtype == torch.float64 else torch.float32)
+
+
+def _checked_valid(losses: Tensor, valid: Tensor | None) -> Tensor:
+    if losses.ndim != 1:
+        raise ValueError(f"losses must be of one dimension, one number for each sample, got {list(losses.shape)}")
+    if valid is None:
+        valid = torch.ones_like(losses, dtype=torch.bool)
+    elif valid.shape != losses.shape or valid.dtype != torch.bool:
+        raise ValueError(f"valid must be bool {list(losses.shape)}, got {valid.dtype} {list(valid.shape)}")
+    if not bool((losses.detach().isfinite() | ~valid).all()):
+        raise ValueError("losses must be finite for every valid sample: leave the others out with valid")
+    return valid
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be above 0 and finite, got {value}")
+
+
+def _check_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -1,0 +1,129 @@
+"""From settings to weights: what the trainers ask of `objectives`."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from decathlon.ir_dro.config import DROSettings
+from decathlon.ir_dro.objectives import (
+    OnlineNormalizer,
+    SampleLosses,
+    ir_dro_weights,
+    linear_rescale,
+    rank_weights,
+    shape_score,
+    shaped_weights,
+    trim_highest,
+)
+
+
+class Samples(NamedTuple):
+    """The samples of a micro-batch, without gradient, and what is known of them.
+
+    Attributes:
+        losses: [S]; 0 where not valid.
+        valid: With loss tokens and a finite loss, bool [S].
+        prior: p, [S].
+        nonfinite: With loss tokens and no finite loss, bool [S].
+    """
+
+    losses: Tensor
+    valid: Tensor
+    prior: Tensor
+    nonfinite: Tensor
+
+
+def describe(samples: SampleLosses, settings: DROSettings) -> Samples:
+    """What the weights are made of; the device need not be waited for."""
+    losses, present = samples.losses.detach(), samples.counts > 0
+    finite = losses.isfinite()
+    prior = samples.counts if settings.dro_prior == "tokens" else torch.ones_like(samples.counts)
+    return Samples(losses.masked_fill(~(present & finite), 0.0), present & finite, prior.to(losses), present & ~finite)
+
+
+def softmax_of(settings: DROSettings, *, plain: bool) -> OnlineNormalizer:
+    """The softmax of a strategy that has one; `plain`: all samples alike."""
+    temperature = math.inf if plain or settings.dro_strategy == "uniform" else settings.dro_temperature
+    return OnlineNormalizer(temperature, checked=False)
+
+
+def softmax_scores(losses: Tensor, settings: DROSettings) -> Tensor:
+    """What that softmax is of: the losses, or a function of them, [S]."""
+    if settings.dro_strategy != "shaped":
+        return losses
+    assert settings.dro_loss_min is not None and settings.dro_loss_max is not None
+    bounds = {"loss_min": settings.dro_loss_min, "loss_max": settings.dro_loss_max}
+    delta = settings.dro_delta
+    return shape_score(linear_rescale(losses, delta=delta, **bounds), settings.dro_shape, delta=delta)
+
+
+def whole_weights(samples: Samples, settings: DROSettings, *, plain: bool) -> Tensor:
+    """Weights of all samples of a step, [N], by any strategy."""
+    losses, valid, prior, _ = samples
+    if settings.dro_trim > 0 and not plain:
+        valid = trim_highest(losses, settings.dro_trim, valid=valid)
+    if plain or settings.dro_strategy == "uniform":
+        return ir_dro_weights(losses, math.inf, valid=valid, prior=prior)
+    if settings.dro_strategy == "rank":
+        return rank_weights(losses, settings.dro_fraction, settings.dro_portion, valid=valid)
+    if settings.dro_strategy == "ir-dro":
+        return ir_dro_weights(losses, settings.dro_temperature, valid=valid, prior=prior)
+    low, high = settings.dro_loss_min, settings.dro_loss_max
+    return shaped_weights(
+        losses,
+        settings.dro_temperature,
+        shape=settings.dro_shape,
+        delta=settings.dro_delta,
+        loss_min=losses.masked_fill(~valid, math.inf).min() if low is None else low,
+        loss_max=losses.masked_fill(~valid, -math.inf).max() if high is None else high,
+        valid=valid,
+        prior=prior,
+    )
+
+
+class Tally:
+    """Figures of the steps since the last log, kept on the device.
+
+    A step's figures are sums over the samples of a process, so that those of several processes can be put together at
+    the log: no step waits for the device or for another process.
+    """
+
+    NAMES = ("mean_loss", "robust_loss", "effective_sample_size", "max_weight", "kl", "valid_samples", "nonfinite")
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+
+    def add(self, samples: Samples, weights: Tensor) -> None:
+        """Take in a step: its samples on this process, and their weights, which over all processes sum to 1."""
+        losses, valid, prior, nonfinite = samples
+        q, p = weights.double(), prior.double().masked_fill(~valid, 0.0)
+        surprise = torch.where(q > 0, q * (q / p.clamp(min=1e-300)).log(), 0.0)
+        sums = (valid.sum(), nonfinite.sum(), losses.double().sum(), (q * losses).sum(), q.square().sum(),
+                surprise.sum(), p.sum())  # fmt: skip
+        largest = q.max() if len(q) else q.new_zeros(())
+        self._steps.append(torch.stack([value.double() for value in (*sums, largest)]))
+
+    def rows(self) -> Tensor | None:
+        """Figures of every step of this process, [steps, 8], and begin anew; None if there is no step."""
+        steps, self._steps = self._steps, []
+        return torch.stack(steps) if steps else None
+
+    @staticmethod
+    def metrics(rows: Tensor, temperature: float | None) -> Tensor:
+        """`NAMES`, [7], means over the steps.
+
+        Args:
+            rows: [processes, steps, 8].
+            temperature: Of IR-DRO, whose robust loss is then given; None: that is the weighted loss.
+        """
+        count, nonfinite, loss, weighted, squares, surprise, mass = rows[..., :7].sum(dim=0).unbind(-1)
+        largest = rows[..., 7].max(dim=0).values
+        kl = surprise + mass.log()
+        robust = weighted if temperature is None or math.isinf(temperature) else weighted - temperature * kl
+        figures = torch.stack((loss / count, robust, 1 / (count * squares), count * largest, kl))
+        means = figures.masked_fill(count == 0, math.nan).nanmean(dim=1)
+        return torch.cat((means, torch.stack((count.mean(), nonfinite.mean()))))
