@@ -29,8 +29,9 @@ def test_two_steps(name: str, accumulation: str, division: tuple[int, int], tmp_
     with np.load(GOLDEN / f"{name}.npz") as file:
         given = dict(file)
     model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=40, n_positions=16, n_embd=12, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0,
-                   attn_pdrop=0)  # fmt: skip
+        GPT2Config(
+            vocab_size=40, n_positions=16, n_embd=12, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
     ).double()
     state = {key[7:]: torch.tensor(value) for key, value in given.items() if key.startswith("before:")}
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -97,7 +97,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         result, asked = torch.empty_like(logits), mask & (gradient != 0)
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            scores = logits[part].to(normalizers.dtype).sub_(normalizers[part, None]).exp_()
+            scores = (logits[part].to(normalizers.dtype) - normalizers[part, None]).exp_()
             if ctx.smoothing:
                 scores -= ctx.smoothing / scores.shape[1]
             scores.scatter_add_(1, targets[part, None], scores.new_full((len(scores), 1), ctx.smoothing - 1))
@@ -451,7 +451,7 @@ def linear_rescale(
     if not isinstance(loss_min, Tensor) and not isinstance(loss_max, Tensor) and not loss_min <= loss_max:
         raise ValueError(f"loss_min must be at most loss_max, got {loss_min} and {loss_max}")
     wide = losses.to(_accurate(losses))
-    low, high = (torch.as_tensor(bound, device=wide.device).to(wide) for bound in (loss_min, loss_max))
+    low, high = (torch.as_tensor(bound, dtype=wide.dtype, device=wide.device) for bound in (loss_min, loss_max))
     return _narrow(delta * (2 * wide - low - high) / (high - low).clamp(min=_NARROWEST), losses)
 
 
