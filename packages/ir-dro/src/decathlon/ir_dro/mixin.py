@@ -14,6 +14,7 @@ from decathlon.ir_dro.config import DROSettings
 from decathlon.ir_dro.objectives import SampleLosses, sample_ids_from_position_ids, sample_losses, token_cross_entropy
 from decathlon.ir_dro.weighting import Samples, Tally, describe, softmax_of, softmax_scores, whole_weights
 
+_CACHED = 2**18  # logits
 _Trainer: Any = object  # a trainer of transformers stands behind the mixin
 
 
@@ -104,8 +105,11 @@ class IRDROMixin(_Trainer):
     def _token_losses(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
         """Losses of the tokens, their mask, both [B, T - 1], and the model's output."""
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        logits = outputs.logits
+        # on a CPU as many tokens at a time as stay in its cache
+        chunk = max(1, _CACHED // logits.shape[-1]) if logits.device.type == "cpu" else 1024
         losses, mask = token_cross_entropy(
-            outputs.logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor
+            logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor, chunk_tokens=chunk
         )
         return losses, mask, outputs
 

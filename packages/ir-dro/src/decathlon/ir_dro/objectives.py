@@ -95,14 +95,20 @@ class _TokenCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, targets, mask, normalizers = ctx.saved_tensors
         result, asked = torch.empty_like(logits), mask & (gradient != 0)
+        in_place = logits.dtype == normalizers.dtype  # then nothing has to be copied
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            scores = (logits[part].to(normalizers.dtype) - normalizers[part, None]).exp_()
+            if in_place:
+                scores = torch.sub(logits[part], normalizers[part, None], out=result[part]).exp_()
+            else:
+                scores = (logits[part].to(normalizers.dtype) - normalizers[part, None]).exp_()
             if ctx.smoothing:
                 scores -= ctx.smoothing / scores.shape[1]
             scores.scatter_add_(1, targets[part, None], scores.new_full((len(scores), 1), ctx.smoothing - 1))
             # where nothing is asked for, nothing comes, not even of logits that are not finite
-            result[part] = scores.mul_(gradient[part, None]).masked_fill_(~asked[part, None], 0.0)
+            scores.mul_(gradient[part, None]).masked_fill_(~asked[part, None], 0.0)
+            if not in_place:
+                result[part] = scores
         return result, None, None, None, None
 
 
