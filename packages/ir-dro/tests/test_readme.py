@@ -23,7 +23,7 @@ TINY = {
     "sft": [*TRAINING, "--lora_target_modules", "q_proj", "v_proj"],
     "score": ["--device", "cpu"],
     "evaluate": ["--device", "cpu"],
-    "reproduce": ["--smoke", "--jobs", "1"],
+    "reproduce": ["--smoke", "--jobs", "1", "--methods", "uniform", "ir-dro:1", "--noise", "0"],
 }
 
 

@@ -65,7 +65,7 @@ def _look(method: Method) -> tuple[str, str]:
 
 
 def _losses(axis: Any, recipe: Recipe, methods: dict[str, Method], found: dict[float, dict[str, Any]]) -> None:
-    clean, noisy = found
+    clean, noisy = min(found), max(found)
     linear = max(0.01, *(float(np.abs(change).max()) for change in found[clean].values()))
     for name, method in methods.items():
         color, marker = _look(method)

@@ -50,8 +50,8 @@ def train(parsed: ParsedTrain) -> Any:
     record = {**parsed.given, "num_processes": training.world_size}
     if run.num_processes not in (None, training.world_size):
         raise UserError(
-            f"num_processes is {run.num_processes}, and there are {training.world_size}: start them by `accelerate launch "
-            f"--num_processes {run.num_processes}`, or leave it out"
+            f"num_processes is {run.num_processes}, and there are {training.world_size}: start them by `accelerate "
+            f"launch --num_processes {run.num_processes}`, or leave it out"
         )
     if run.dataset_name is None and not run.smoke:
         raise UserError("dataset_name is missing: give c4, gsm8k, alpaca, a file (.jsonl, .parquet), or a hub id")
