@@ -90,12 +90,13 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def alpaca_eval(config: AlpacaEvalConfig) -> None:
     """Answer the instructions of AlpacaEval 2.0, for the public command alpaca_eval."""
-    from decathlon.rpo.alpaca_eval import generate_alpaca_eval
+    from decathlon.rpo.alpaca_eval import generate_alpaca_eval, read_instructions
     from decathlon.rpo.sources import load_model, load_tokenizer
 
     if config.model is None:
         raise UserError("model is missing: alpaca-eval MODEL OUTPUT")
     with _user_errors():
+        instructions = read_instructions(config.instructions)
         path = generate_alpaca_eval(
             load_model(config.model, device=config.device, dtype=config.dtype),
             load_tokenizer(config.model),
@@ -104,7 +105,7 @@ def alpaca_eval(config: AlpacaEvalConfig) -> None:
             top_p=config.top_p,
             temperature=config.temperature,
             batch_size=config.batch_size,
-            instructions=config.instructions,
+            instructions=instructions,
             generator=config.generator or Path(config.model).name,
             seed=config.seed,
         )

@@ -59,8 +59,11 @@ class Recorder:
         return output
 
 
-class ContrastingTrainer(_Trainer):  # type: ignore[misc]
+class ContrastingTrainer(_Trainer):
     """Mixin for a trainer of trl: embeds the prompts, and contrasts the responses of a batch."""
+
+    data_collator: Any
+    precompute_ref_logps: bool
 
     def _set_up(self, args: RPOConfig | UnpairedRPOConfig, encoder: PromptEncoder | None, train_dataset: Any) -> None:
         """What must be known before trl's constructor runs, as that prepares the data."""

@@ -18,7 +18,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # every device has the whole loss, and they average their gradients: times their number, that is the sum
         return gradient.chunk(ctx.world)[ctx.rank] * ctx.world, None
 

@@ -1,8 +1,8 @@
 """The mathematics of Relative Preference Optimization (arXiv 2402.10958), one function for each equation.
 
-Notation: a batch holds M chosen and N rejected responses. The log-ratio of a response is the sum of the log-probabilities
-of its tokens under the policy, less that under the reference, in nats. c [M] are the log-ratios of the chosen responses,
-r [N] those of the rejected ones.
+Notation: a batch holds M chosen and N rejected responses. The log-ratio of a response is the sum of the
+log-probabilities of its tokens under the policy, less that under the reference, in nats. c, [M], are the log-ratios of
+the chosen responses, and r, [N], those of the rejected ones.
 """
 
 from __future__ import annotations
