@@ -171,6 +171,15 @@ def test_stand_ins_are_of_the_family(name: str) -> None:
     assert json.loads(Path("run/config.json").read_text())["model_type"] == family
 
 
+def test_smoke_takes_what_is_there() -> None:
+    """A local file has its own columns and texts; anything else is made up, also beside a folder of that name."""
+    Path("hh").mkdir()
+    for number, data in enumerate([["--dataset_name", "hh"], ["--dataset_name", "feedback.jsonl", "--unpaired"], []]):
+        assert main(["train", "--smoke", "--use_cpu", *data, "--output_dir", f"run{number}"]) == 0
+        assert logged(f"run{number}")[-1]["step"] == 2
+    assert main(["train", "--smoke", "--use_cpu", "--dataset_name", "feedback.jsonl", "--output_dir", "run3"]) == 2
+
+
 # ------------------------------------------------------------------------------------------------------------- data
 
 

@@ -131,6 +131,7 @@ def _user_errors() -> Iterator[None]:
     """What the package refuses in the user's files or options is the user's to mend; warnings are one line each."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries to one another: nothing that a user could mend
         try:
             yield
         except UserError:

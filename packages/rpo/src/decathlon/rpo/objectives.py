@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import logsigmoid, normalize
 
 WEIGHTINGS = ("embedding", "uniform", "diagonal")
 SCALES = ("sum", "mean")
@@ -88,8 +88,10 @@ def contrast_weights(
             f"{rejected_embeddings.shape[1]}"
         )
     left, right = (_unit(value.detach()) for value in (chosen_embeddings, rejected_embeddings))
+    with torch.autocast(left.device.type, enabled=False):  # which would round the cosines to three digits
+        cosines = left @ right.T
     # a softmax of the cosines: exp(-d / tau) itself would vanish for a small tau
-    weights = torch.softmax((left @ right.T - 1) / tau, dim=1)
+    weights = torch.softmax((cosines - 1) / tau, dim=1)
     return weights * weights.shape[1] if scale == "mean" else weights
 
 
@@ -180,22 +182,19 @@ def rpo_loss(
     elif weights.shape != logits.shape:
         raise ValueError(f"weights must be {list(logits.shape)}, got {list(weights.shape)}")
     weights = weights.detach().to(logits)
+    rows, columns = logits.shape
+    # sums and not means: of an empty side they are 0, and still of the graph, so that all devices go on together
     if outside:
-        losses = (weights * softplus(-beta * logits)).sum(dim=1)
-    elif logits.numel() > 0:
-        losses = softplus(-beta * weights * logits).mean(dim=1)
+        losses = (weights * -logsigmoid(beta * logits)).sum(dim=1)
     else:
-        losses = chosen * 0
-    if reduction == "none":
-        loss = losses
-    elif logits.numel() == 0:
-        loss = (chosen.sum() + rejected.sum()) * 0  # of the graph, so that all devices go on together
-    else:
-        loss = losses.mean() if reduction == "mean" else losses.sum()
+        losses = -logsigmoid(beta * weights * logits).sum(dim=1) / max(columns, 1)
+    loss = losses if reduction == "none" else losses.sum()
+    if reduction == "mean":
+        loss = loss / max(rows, 1)
     return RPOLossOutput(loss, losses, beta * chosen.detach(), beta * rejected.detach(), logits, weights)
 
 
-def contrast_metrics(logits: Tensor, weights: Tensor, beta: float, *, paired: bool) -> dict[str, Tensor]:
+def contrast_metrics(logits: Tensor, weights: Tensor, beta: float, paired: bool) -> dict[str, Tensor]:
     """How a batch was contrasted (beyond the paper).
 
     Args:
@@ -206,9 +205,9 @@ def contrast_metrics(logits: Tensor, weights: Tensor, beta: float, *, paired: bo
 
     Returns:
         Scalars, without gradient, NaN for an empty matrix: `weight_entropy`, the mean entropy of the rows over ln N, 1
-        if all count the same and 0 if one alone does; `cross_accuracy`, the share of contrasts that are above 0;
-        `effective_beta`, the beta of a DPO that holds the policy as firmly: beta N times the mean own weight, or,
-        unpaired, beta times the mean of the largest weight of a row; and for pairs `own_weight`, the mean own weight.
+        if all count the same, 0 if one alone does or N is 1; `cross_accuracy`, the share of contrasts that are above 0;
+        `effective_beta`, for pairs beta N times the mean own weight, else beta times the mean of the largest weight of
+        a row, which compares runs of one N, weighting and scale; and for pairs `own_weight`, the mean own weight.
     """
     logits, weights = logits.detach(), weights.detach()
     if logits.numel() == 0:

@@ -52,6 +52,13 @@ def read_dataset(name: str, *, split: str = "train", config: str | None = None, 
         return _read_any(name, split, config)
 
 
+def is_local(name: str) -> bool:
+    """Whether a name of `read_dataset` is that of a file or folder that is there."""
+    paper, _, path = name.partition(":")
+    local = path if paper in PAPERS else name
+    return local != "" and Path(local).exists()
+
+
 def _read_any(name: str, split: str, config: str | None) -> Dataset:
     from datasets import DatasetDict, load_dataset, load_from_disk
 

@@ -15,7 +15,7 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 from decathlon.rpo import smoke
 from decathlon.rpo.arguments import ParsedTrain
 from decathlon.rpo.config import UnpairedRPOConfig
-from decathlon.rpo.sources import check_model, cut_prompts, load_tokenizer, read_dataset
+from decathlon.rpo.sources import check_model, cut_prompts, is_local, load_tokenizer, read_dataset
 from decathlon.rpo.trainer import RPOTrainer
 from decathlon.rpo.unpaired_trainer import UnpairedRPOTrainer
 from decathlon.shared.errors import UserError
@@ -61,7 +61,10 @@ def train(parsed: ParsedTrain) -> Any:
         with Interruption(deferred=True) as interruption:
             trainer.add_callback(_Stopping(interruption))
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+            # gloo's threads must be done with Python's objects before a process ends, or it hangs: so all meet first
+            trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(folder))
+        trainer.accelerator.wait_for_everyone()
     return trainer
 
 
@@ -124,7 +127,7 @@ def _trainer(parsed: ParsedTrain, folder: Path) -> Any:
 def _read(parsed: ParsedTrain, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     arguments, training = parsed.arguments, parsed.training
     name = arguments.dataset_name or ""
-    if arguments.smoke and not Path(name.partition(":")[2] or name).exists():
+    if arguments.smoke and not is_local(name):
         data = smoke.make_dataset()
     else:
         data = read_dataset(name, split=split, config=arguments.dataset_config, prompt_style=arguments.prompt_style)

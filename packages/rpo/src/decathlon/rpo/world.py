@@ -61,8 +61,8 @@ FILLER = tuple(["the", "a", "of", "and", "it", "is", "in", "with", "so", "very",
 SHORTEST, LONGEST, BEST_LENGTH = 4, 11, 8
 PAD, EOS = "<pad>", "<eos>"
 
-# how often a word of a response comes from the topic, from other topics, is polite, rude, or filler
-_SHARES = (0.25, 0.30, 0.08, 0.10, 0.27)
+# how often a word comes from the topic, from other topics, is polite, rude, or filler: of careful and careless answers
+_SHARES = np.array([[0.45, 0.10, 0.12, 0.04, 0.29], [0.15, 0.40, 0.04, 0.16, 0.25]])
 _NAMES = tuple(TOPICS)
 _WORDS = {topic: tuple(words.split()) for topic, (_, words) in TOPICS.items()}
 _TOPIC_OF = {word: topic for topic, words in _WORDS.items() for word in words}
@@ -120,10 +120,11 @@ def gold_reward(topic: str, response: str) -> float:
 
 
 def responses(topics: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """A response of mixed quality for each topic: 4 to 11 words, each drawn by itself."""
+    """A response for each topic, half of them careful: 4 to 11 words, each drawn by itself."""
     count = len(topics)
     lengths = rng.integers(SHORTEST, LONGEST + 1, count)
-    kinds = rng.choice(len(_SHARES), (count, LONGEST), p=_SHARES)
+    ends = _SHARES[rng.integers(0, len(_SHARES), count)].cumsum(1)[:, None, :-1]
+    kinds = (rng.random((count, LONGEST, 1)) >= ends).sum(2)
     # a number for each word, which picks one within its kind
     picks, others = rng.integers(0, 2**31, (count, LONGEST)), rng.integers(1, len(_NAMES), (count, LONGEST))
     found = []
@@ -146,8 +147,8 @@ def preference_pairs(count: int, rng: np.random.Generator, *, held_out: bool = F
         count: Number of pairs.
         rng: Draws them.
         held_out: Of which prompts.
-        noisy: The preferred one is drawn by Bradley and Terry's model on the gold reward; False: the better one, of
-            pairs that differ.
+        noisy: The preferred one is drawn by Bradley and Terry's model on half the gold reward, which prefers the better
+            one in four of five pairs; False: the better one, of pairs that differ.
     """
     known, pairs = prompts(held_out), []
     while len(pairs) < count:
@@ -158,7 +159,7 @@ def preference_pairs(count: int, rng: np.random.Generator, *, held_out: bool = F
             here, there = gold_reward(prompt.topic, one), gold_reward(prompt.topic, other)
             if not noisy and here == there:
                 continue
-            better = chance < 1 / (1 + np.exp(there - here)) if noisy else here > there
+            better = chance < 1 / (1 + np.exp((there - here) / 2)) if noisy else here > there
             pairs.append(Pair(prompt, one, other, here, there) if better else Pair(prompt, other, one, there, here))
     return pairs[:count]
 
@@ -208,6 +209,7 @@ def make_model(
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=128,
+        initializer_range=0.1,  # from the usual 0.02, so narrow a model takes long to find out what a prompt is about
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
@@ -217,6 +219,6 @@ def make_model(
         return LlamaForCausalLM(config)
 
 
-def rewards_of(asked: Sequence[Prompt], answers: Sequence[str]) -> NDArray[np.float64]:
+def gold_rewards(asked: Sequence[Prompt], answers: Sequence[str]) -> NDArray[np.float64]:
     """Gold rewards (N,) of a response to each prompt."""
     return np.array([gold_reward(prompt.topic, answer) for prompt, answer in zip(asked, answers, strict=True)])
