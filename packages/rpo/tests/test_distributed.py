@@ -1,80 +1,245 @@
+"""Gathering: the identity in one process, and two gloo processes against one, to the last digits of float64."""
+
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from torch import Tensor, distributed
-from torch.distributed.nn.functional import all_gather
+from torch import Tensor
+from torch import distributed as dist
+from torch.testing import assert_close
 
-from decathlon.rpo.distributed import gather_with_local_grad
+from decathlon.rpo.distributed import gather_padded, gather_with_local_grad
 from decathlon.rpo.objectives import rpo_loss
 
-WORLD, SIZE = 2, 3
+BETA, TAU, FEATURES = 0.3, 0.25, 5
+
+# The policy is a linear map of a response's features: its log-probabilities are that of parameters shared by all ranks.
+WORKER = """
+import sys
+from datetime import timedelta
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from decathlon.rpo.distributed import gather_padded, gather_with_local_grad
+from decathlon.rpo.objectives import rpo_loss
+
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world,
+                        timeout=timedelta(seconds=60))
+data = torch.load(f"{folder}/data.pt", weights_only=True)
+beta, tau = data["beta"], data["tau"]
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-ratios, labels and embeddings of all processes' responses, and what a model's parameters do to the ratios."""
+def model():
+    linear = torch.nn.Linear(data["weight"].shape[1], 1, bias=False, dtype=torch.float64)
+    linear.weight.data.copy_(data["weight"])
+    return DistributedDataParallel(linear)
+
+
+def mine(name):
+    return data[name].chunk(world)[rank]
+
+
+def loss_of(chosen, rejected, left, right):
+    zeros = torch.zeros_like
+    return rpo_loss(chosen, rejected, zeros(chosen), zeros(rejected), beta=beta, tau=tau,
+                    chosen_embeddings=left, rejected_embeddings=right).loss
+
+
+def paired():
+    policy = model()
+    ratios = policy(torch.cat([mine("chosen"), mine("rejected")])).squeeze(1)
+    chosen, rejected = (gather_with_local_grad(part) for part in ratios.chunk(2))
+    loss = loss_of(chosen, rejected, gather_with_local_grad(mine("embeddings")), None)
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": policy.module.weight.grad}
+
+
+def unpaired():
+    policy = model()
+    ratios = gather_with_local_grad(policy(mine("responses")).squeeze(1))
+    label, embeddings = gather_with_local_grad(mine("label")), gather_with_local_grad(mine("response_embeddings"))
+    loss = loss_of(ratios[label], ratios[~label], embeddings[label], embeddings[~label])
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": policy.module.weight.grad}
+
+
+def uneven():
+    policy = model()
+    rows = slice(0, 5) if rank == 0 else slice(5, 7)
+    ratios, valid = gather_padded(policy(data["responses"][rows]).squeeze(1))
+    label, embeddings = (gather_padded(data[name][rows])[0] for name in ("label", "response_embeddings"))
+    good, bad = valid & label, valid & ~label
+    loss = loss_of(ratios[good], ratios[bad], embeddings[good], embeddings[bad])
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": policy.module.weight.grad, "valid": valid, "label": label}
+
+
+def one_is_empty():
+    rows = data["responses"][:3] if rank == 0 else data["responses"][:0]
+    gathered, valid = gather_padded(rows)
+    return {"gathered": gathered, "valid": valid}
+
+
+def shapes():
+    own = torch.arange(6.0).reshape(2, 3) + 10 * rank
+    return {"turned": gather_with_local_grad(own.T), "flags": gather_with_local_grad(own[0] > 5),
+            "whole": gather_with_local_grad(torch.tensor([rank])), "none": gather_with_local_grad(own[:0])}
+
+
+def own_slice():
+    own = (torch.arange(3, dtype=torch.float64) + rank).requires_grad_()
+    (gather_with_local_grad(own) * torch.arange(1.0, 7.0, dtype=torch.float64)).sum().backward()
+    return {"gradient": own.grad}
+
+
+def group_of_one():
+    groups = [dist.new_group([member]) for member in range(world)]
+    own = torch.tensor([float(rank)])
+    return {"gathered": gather_with_local_grad(own, groups[rank]), "padded": gather_padded(own, groups[rank])[0]}
+
+
+tasks = (paired, unpaired, uneven, one_is_empty, shapes, own_slice, group_of_one)
+torch.save({task.__name__: task() for task in tasks}, f"{folder}/out{rank}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def make_data() -> dict[str, Tensor | float]:
     generator = torch.Generator().manual_seed(0)
-    ratios = torch.randn(WORLD * SIZE, dtype=torch.float64, generator=generator)
-    embeddings = torch.randn(WORLD * SIZE, 4, dtype=torch.float64, generator=generator)
-    features = torch.randn(WORLD * SIZE, 2, dtype=torch.float64, generator=generator)
-    return ratios, torch.tensor([True, True, False, False, True, True]), embeddings, features  # 2 + 2 good, 1 + 1 bad
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "beta": BETA,
+        "tau": TAU,
+        "weight": normal(1, FEATURES) * 3,
+        "chosen": normal(8, FEATURES),
+        "rejected": normal(8, FEATURES),
+        "embeddings": normal(8, 6),
+        "responses": normal(8, FEATURES),
+        "response_embeddings": normal(8, 6),
+        # three good and one bad on the first process, one good and three bad on the second
+        "label": torch.tensor([True, True, False, True, False, False, True, False]),
+    }
 
 
-def unpaired_loss(ratios: Tensor, label: Tensor, embeddings: Tensor) -> Tensor:
-    c, r = ratios[label], ratios[~label]
-    return rpo_loss(
-        c, r, torch.zeros_like(c), torch.zeros_like(r),
-        chosen_embeddings=embeddings[label], rejected_embeddings=embeddings[~label], beta=0.7,
-    ).loss  # fmt: skip
-
-
-def work(output: str) -> None:
-    distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
-    try:
-        mine = slice(rank * SIZE, (rank + 1) * SIZE)
-        ratios, label, embeddings, features = (part[mine] for part in inputs())
-        weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
-        local = ratios + features @ weight
-        gathered = gather_with_local_grad(local)
-        loss = unpaired_loss(gathered, gather_with_local_grad(label), gather_with_local_grad(embeddings))
-        (gradient,) = torch.autograd.grad(loss, weight)
-        distributed.all_reduce(gradient)
-        gradient /= WORLD  # as DDP does
-        theirs = torch.cat(all_gather(ratios + features @ weight))
-        (reference,) = torch.autograd.grad(
-            unpaired_loss(theirs, gather_with_local_grad(label), gather_with_local_grad(embeddings)), weight
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    torch.save(make_data(), folder / "data.pt")
+    (folder / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "worker.py"), str(rank), "2", str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        distributed.all_reduce(reference)
-        torch.save((loss.detach(), gradient, reference / WORLD, gathered.detach()), f"{output}{rank}")
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors[-3000:]
     finally:
-        distributed.destroy_process_group()
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"out{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}", __file__]
-    done = subprocess.run([*command, str(tmp_path / "output")], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ratios, label, embeddings, features = inputs()
-    weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    whole = ratios + features @ weight
-    expected = unpaired_loss(whole, label, embeddings)
-    (expected_gradient,) = torch.autograd.grad(expected, weight)
-    for rank in range(WORLD):
-        loss, gradient, reference, gathered = torch.load(tmp_path / f"output{rank}", weights_only=True)
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=0)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=0)
-        torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=0)
-        torch.testing.assert_close(gathered, whole.detach(), rtol=0, atol=0)
+def expected(chosen: Tensor, rejected: Tensor, left: Tensor, right: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of one process that has all the responses."""
+    weight = make_data()["weight"].requires_grad_()  # type: ignore[union-attr]
+    ratios = [(rows @ weight.T).squeeze(1) for rows in (chosen, rejected)]
+    zeros = [torch.zeros_like(ratio) for ratio in ratios]
+    loss = rpo_loss(*ratios, *zeros, beta=BETA, tau=TAU, chosen_embeddings=left, rejected_embeddings=right).loss
+    loss.backward()
+    return loss.detach(), weight.grad
 
 
-def test_without_processes_it_is_the_identity() -> None:
-    tensor = torch.randn(3, requires_grad=True)
-    assert gather_with_local_grad(tensor) is tensor
+def exact(found: Tensor, wanted: Tensor) -> None:
+    assert found.dtype == wanted.dtype == torch.float64
+    assert_close(found, wanted, rtol=1e-13, atol=1e-15)
 
 
-if __name__ == "__main__":
-    work(sys.argv[1])
+class TestOneProcess:
+    def test_the_tensor_itself(self) -> None:
+        assert not dist.is_initialized()
+        for tensor in (torch.ones(3, requires_grad=True), torch.ones(0, 2), torch.tensor([True, False])):
+            assert gather_with_local_grad(tensor) is tensor
+            rows, valid = gather_padded(tensor)
+            assert rows is tensor
+            assert valid.tolist() == [True] * len(tensor)
+
+    def test_the_gradient_is_not_scaled(self) -> None:
+        tensor = torch.tensor([1.0, 2.0], requires_grad=True)
+        (gather_with_local_grad(tensor) * torch.tensor([3.0, 4.0])).sum().backward()
+        assert tensor.grad.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.slow
+class TestTwoProcesses:
+    def test_pairs(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+        data = make_data()
+        loss, gradient = expected(data["chosen"], data["rejected"], data["embeddings"], None)
+        for rank in ranks:
+            exact(rank["paired"]["loss"], loss)
+            exact(rank["paired"]["gradient"], gradient)
+
+    def test_it_is_not_the_mean_of_the_local_losses(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+        data = make_data()
+        halves = [
+            expected(*(data[name].chunk(2)[half] for name in ("chosen", "rejected", "embeddings")), None)[0]
+            for half in range(2)
+        ]
+        assert abs(ranks[0]["paired"]["loss"] - sum(halves) / 2) > 1e-3
+
+    def test_unpaired_with_other_counts_on_each(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+        data = make_data()
+        label, rows, embeddings = data["label"], data["responses"], data["response_embeddings"]
+        loss, gradient = expected(rows[label], rows[~label], embeddings[label], embeddings[~label])
+        for rank in ranks:
+            exact(rank["unpaired"]["loss"], loss)
+            exact(rank["unpaired"]["gradient"], gradient)
+
+    def test_an_uneven_last_batch(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+        data = make_data()
+        label, rows, embeddings = (data[name][:7] for name in ("label", "responses", "response_embeddings"))
+        loss, gradient = expected(rows[label], rows[~label], embeddings[label], embeddings[~label])
+        for rank in ranks:
+            exact(rank["uneven"]["loss"], loss)
+            exact(rank["uneven"]["gradient"], gradient)
+            assert rank["uneven"]["valid"].tolist() == [True] * 7 + [False] * 3
+            assert rank["uneven"]["label"][:7].tolist() == label.tolist()
+
+    def test_a_process_without_rows(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+        rows = make_data()["responses"][:3]
+        for rank in ranks:
+            assert torch.equal(rank["one_is_empty"]["gathered"], torch.cat([rows, torch.zeros_like(rows)]))
+            assert rank["one_is_empty"]["valid"].tolist() == [True] * 3 + [False] * 3
+
+    def test_shapes_and_dtypes(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+        own = torch.arange(6.0).reshape(2, 3)
+        for rank in ranks:
+            found = rank["shapes"]
+            assert torch.equal(found["turned"], torch.cat([own.T, (own + 10).T]))
+            assert found["flags"].tolist() == [False] * 3 + [True] * 3
+            assert found["whole"].tolist() == [0, 1]
+            assert found["none"].shape == (0, 3)
+
+    def test_backward_gives_the_own_slice_times_the_processes(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+        assert [rank["own_slice"]["gradient"].tolist() for rank in ranks] == [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0]]
+
+    def test_a_group_of_one(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+        for place, rank in enumerate(ranks):
+            assert rank["group_of_one"]["gathered"].tolist() == rank["group_of_one"]["padded"].tolist() == [place]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
@@ -46,7 +46,12 @@ temperatures = st.floats(0.05, 5)
 
 
 def batch(
-    chosen: int = 5, rejected: int | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float64, spread: float = 8
+    chosen: int = 5,
+    rejected: int | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    spread: float = 8,
 ) -> dict[str, Any]:
     """Arguments of `rpo_loss`; without `rejected` they are pairs."""
     generator = torch.Generator().manual_seed(seed)
@@ -74,18 +79,14 @@ def dpo_losses(arguments: dict[str, Any], beta: float) -> Tensor:
 
 
 def by_hand(arguments: dict[str, Any], beta: float, tau: float) -> tuple[list[float], list[list[float]]]:
-    """Losses and weights of section 3 of the paper in plain loops over numbers."""
+    """Losses and weights of the method, in plain loops over numbers."""
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = (arguments[name].tolist() for name in SIDES)
     left = arguments["chosen_embeddings"].tolist()
     right = arguments.get("rejected_embeddings", arguments["chosen_embeddings"]).tolist()
     losses, weights = [], []
-    for i, (pc, rc) in enumerate(zip(policy_chosen, reference_chosen, strict=True)):
-        likeness = [
-            math.exp(-(1 - math.sumprod(left[i], e) / math.hypot(*left[i]) / math.hypot(*e)) / tau)
-            if hasattr(math, "sumprod")
-            else math.exp(-(1 - sum(a * b for a, b in zip(left[i], e, strict=True)) / math.hypot(*left[i]) / math.hypot(*e)) / tau)
-            for e in right
-        ]
+    for e, pc, rc in zip(left, policy_chosen, reference_chosen, strict=True):
+        cosines = [sum(a * b for a, b in zip(e, f, strict=True)) / math.hypot(*e) / math.hypot(*f) for f in right]
+        likeness = [math.exp(-(1 - cosine) / tau) for cosine in cosines]
         row = [value / sum(likeness) for value in likeness]
         terms = [
             math.log1p(math.exp(-beta * w * ((pc - rc) - (pr - rr))))
@@ -112,19 +113,31 @@ def golden_output(name: str, dtype: torch.dtype) -> tuple[dict[str, Any], RPOLos
     return arrays, output, chosen.grad, rejected.grad
 
 
+def input_rounding(arrays: dict[str, Any], key: str) -> Any:
+    """How far a reward may move as its two log-probabilities are rounded to float32.
+
+    Exact arithmetic on the rounded numbers already misses one reward of `uniform`, a small difference of two numbers
+    near 124, by 2.5e-5 of its size.
+    """
+    side = key.removesuffix("_rewards")
+    both = [np.abs(arrays[f"{model}_{side}_logps"]).astype(np.float32) for model in ("policy", "reference")]
+    return float(arrays["beta"]) * sum(np.spacing(x).astype(np.float64) for x in both) / 2
+
+
 class TestGolden:
     @pytest.mark.parametrize("name", LOSSES)
-    @pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-9, 1e-14), (torch.float32, 2e-5, 2e-7)])
-    def test_loss_and_gradients(self, name: str, dtype: torch.dtype, rtol: float, atol: float) -> None:
+    @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+    def test_loss_and_gradients(self, name: str, dtype: torch.dtype, rtol: float) -> None:
         arrays, output, chosen_gradient, rejected_gradient = golden_output(name, dtype)
         for key in ("loss", "losses", "weights", "chosen_rewards", "rejected_rewards"):
             value = getattr(output, key)
             assert value.dtype == dtype
-            # a float32 log-ratio is a difference of numbers near 100: 1e-5 in absolute terms
-            absolute = 0 if dtype == torch.float64 else (2e-6 if "rewards" in key else atol)
-            np.testing.assert_allclose(value.detach().numpy(), arrays[key], rtol=rtol, atol=absolute)
-        np.testing.assert_allclose(chosen_gradient.numpy(), arrays["grad_chosen"], rtol=rtol, atol=atol)
-        np.testing.assert_allclose(rejected_gradient.numpy(), arrays["grad_rejected"], rtol=rtol, atol=atol)
+            rounding = input_rounding(arrays, key) if dtype == torch.float32 and "rewards" in key else 0
+            error = np.abs(value.detach().numpy() - arrays[key])
+            assert (error <= rtol * np.abs(arrays[key]) + rounding).all(), key
+        for gradient, key in ((chosen_gradient, "grad_chosen"), (rejected_gradient, "grad_rejected")):
+            atol = 1e-14 if dtype == torch.float64 else 0
+            np.testing.assert_allclose(gradient.numpy(), arrays[key], rtol=rtol, atol=atol)
 
     def test_all_files_are_used(self) -> None:
         assert {path.stem for path in GOLDEN.glob("*.npz")} - {"encoder", "hh"} == set(LOSSES)
@@ -465,7 +478,7 @@ class TestNumerics:
             output = rpo_loss(**arguments, weighting=weighting)
             contrast_metrics(output.logits, output.weights, 0.1, True)
             output.loss.backward()
-            with pytest.raises(Exception, match="item|data-dependent"):
+            with pytest.raises(DataDependentOutputException):
                 output.loss.item()
 
 
@@ -474,7 +487,10 @@ class TestErrors:
         ("changes", "message"),
         [
             ({"chosen_embeddings": None}, "needs chosen_embeddings"),
-            ({"policy_rejected_logps": torch.zeros(2), "reference_rejected_logps": torch.zeros(2)}, "no pairs: give rej"),
+            (
+                {"policy_rejected_logps": torch.zeros(2), "reference_rejected_logps": torch.zeros(2)},
+                "no pairs: give",
+            ),
             ({"chosen_embeddings": torch.ones(4, 6)}, "chosen_embeddings must have 3 rows, .* got 4"),
             ({"rejected_embeddings": torch.ones(2, 6)}, "rejected_embeddings must have 3 rows, .* got 2"),
             ({"rejected_embeddings": torch.ones(3, 5)}, "same number of features"),
@@ -486,7 +502,10 @@ class TestErrors:
                 },
                 "'diagonal' needs pairs, got 3 chosen and 2 rejected",
             ),
-            ({"reference_chosen_logps": torch.zeros(2)}, r"reference_chosen_logps must have the shape .*\[3\], got \[2\]"),
+            (
+                {"reference_chosen_logps": torch.zeros(2)},
+                r"reference_chosen_logps must have .*\[3\], got \[2\]",
+            ),
             ({"reference_rejected_logps": torch.zeros(1)}, "reference_rejected_logps must have the shape"),
             ({"policy_chosen_logps": torch.zeros(3, 1)}, "policy_chosen_logps must be of one dimension"),
             ({"reference_rejected_logps": torch.zeros(())}, "reference_rejected_logps must be of one dimension"),

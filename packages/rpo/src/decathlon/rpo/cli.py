@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from decathlon.rpo.protocol import ReproduceConfig
 from tabulate import tabulate
 
 from decathlon.rpo.options import AlpacaEvalConfig, EmbedConfig, EvaluateConfig
+from decathlon.rpo.protocol import ReproduceConfig
 from decathlon.shared.config import run_cli
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path

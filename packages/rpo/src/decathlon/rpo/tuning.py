@@ -137,7 +137,7 @@ def _trainer(model: Any, tokenizer: Any, pairs: Dataset, method: str, beta: floa
         "disable_tqdm": True,
     }
     single = {**pairwise, "per_device_train_batch_size": 2 * how.batch_size}  # as many responses in a step
-    weighted = {"tau": how.tau, "weight_scale": "mean"}
+    weighted: dict[str, Any] = {"tau": how.tau, "weight_scale": "mean"}
     with_embeddings, pairs = pairs, pairs.remove_columns("prompt_embedding")
     make: Any
     match method:

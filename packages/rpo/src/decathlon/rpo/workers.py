@@ -1,4 +1,4 @@
-"""Work in processes that end with this one: on Ctrl-C without a traceback of theirs, on an error, or if it is killed."""
+"""Work in processes that end with this one: on Ctrl-C without a traceback, on an error, or if it is killed."""
 
 from __future__ import annotations
 

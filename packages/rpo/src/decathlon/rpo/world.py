@@ -150,7 +150,8 @@ def preference_pairs(count: int, rng: np.random.Generator, *, held_out: bool = F
         noisy: The preferred one is drawn by Bradley and Terry's model on half the gold reward, which prefers the better
             one in four of five pairs; False: the better one, of pairs that differ.
     """
-    known, pairs = prompts(held_out), []
+    known = prompts(held_out)
+    pairs: list[Pair] = []
     while len(pairs) < count:
         drawn = [known[place] for place in rng.integers(0, len(known), count)]
         topics = [prompt.topic for prompt in drawn]
@@ -182,7 +183,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words = dict.fromkeys(word for text in texts for word in text.split() if word != "{}")
     vocabulary = {word: number for number, word in enumerate([PAD, EOS, "<unk>", *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token="<unk>", padding_side="left"
     )
