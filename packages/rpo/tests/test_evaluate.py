@@ -17,8 +17,8 @@ from decathlon.rpo.evaluate import (
     draw_samples,
     preference_accuracy,
     response_logps,
-    win_rates,
     wilson_interval,
+    win_rates,
 )
 
 

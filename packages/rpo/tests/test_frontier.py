@@ -6,7 +6,9 @@ import pytest
 from decathlon.rpo.frontier import Frontier, at_kl, at_point, interpolate, interval, matched, resamples
 
 
-def straight(slope: float, *, seeds: int = 3, noise: float = 0.0, kls: tuple[float, ...] = (0.25, 1.0, 4.0)) -> Frontier:
+def straight(
+    slope: float, *, seeds: int = 3, noise: float = 0.0, kls: tuple[float, ...] = (0.25, 1.0, 4.0)
+) -> Frontier:
     """Gold reward `slope` times sqrt(KL), for 50 prompts that differ by as much as `noise`."""
     kl = np.array([0.0, *kls])[None, :, None] * np.ones((seeds, 1, 50))
     shifts = noise * np.random.default_rng(0).normal(size=(seeds, 1, 50))

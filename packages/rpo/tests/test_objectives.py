@@ -217,6 +217,11 @@ class TestWeights:
         assert weights.dtype == torch.float32
         assert torch.equal(weights, contrast_weights(embeddings))
 
+    def test_no_gradient(self) -> None:
+        left, right = (torch.ones(3, 6, requires_grad=True) for _ in range(2))
+        assert not contrast_weights(left, right).requires_grad
+        assert not contrast_weights(left, right, scale="mean").requires_grad
+
     def test_empty_sides(self) -> None:
         empty, rows = torch.zeros(0, 6), torch.ones(3, 6)
         assert contrast_weights(empty).shape == (0, 0)

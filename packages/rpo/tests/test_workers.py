@@ -79,10 +79,8 @@ def test_a_killed_process() -> None:
 @pytest.mark.parametrize(
     ("sent", "to_group", "status"),
     [
-        (signal.SIGINT, False, 130),
         (signal.SIGINT, True, 130),  # as a terminal does
         (signal.SIGTERM, False, 130),
-        (signal.SIGTERM, True, 130),
         (signal.SIGKILL, False, -9),
     ],
 )

@@ -13,7 +13,7 @@ from trl import extract_prompt
 from trl.trainer.utils import get_config_model_id
 
 from decathlon.rpo.collators import EMBEDDING
-from decathlon.rpo.distributed import gather_with_local_grad
+from decathlon.rpo.distributed import gather_padded, gather_with_local_grad
 from decathlon.rpo.embedding import check_embeddings, embed_prompts
 from decathlon.rpo.encoders import PromptEncoder
 from decathlon.rpo.objectives import RPOLossOutput, rpo_loss
@@ -141,7 +141,12 @@ class ContrastingTrainer(_Trainer):
 
     def _gathered(self, tensor: Tensor) -> Tensor:
         """Of all devices, if their responses are to be contrasted, else of this one."""
-        return gather_with_local_grad(tensor) if self.args.gather_contrasts else tensor
+        if not self.args.gather_contrasts:
+            return tensor
+        if self.model.training:
+            return gather_with_local_grad(tensor)
+        rows, valid = gather_padded(tensor)  # the last batch of an evaluation may be shorter on some
+        return rows[valid]
 
     def _contrast(
         self,

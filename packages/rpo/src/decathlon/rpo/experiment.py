@@ -130,7 +130,7 @@ def run(recipe: Recipe, output: str | Path, *, resume: bool = False, jobs: int =
     records, claims = make_records(recipe, results), judge(recipe, results)
     directory.write_records(records, claims)
     draw(recipe, results, directory.figures)
-    notes = [f"Prompt embeddings: {encoder_label(results)}.", NOTES["metrics"], NOTES["beta"]]
+    notes = [f"Prompt embeddings: {encoder_label(recipe, results)}.", NOTES["metrics"], NOTES["beta"]]
     outcome = Outcome(records, claims, notes + ([NOTES["hh"]] if with_hh else []), directory.path)
     with atomic_path(directory.path / "results.md") as path:
         path.write_text(outcome.tables("github") + "\n", encoding="utf-8")
@@ -158,12 +158,13 @@ def _run_and_store(recipe: Recipe, cell: Cell, folder: Path) -> Cell:
     return run_and_store(recipe, cell, folder)
 
 
-def encoder_label(results: Results) -> str:
+def encoder_label(recipe: Recipe, results: Results) -> str:
     """What embedded the prompts, without the folder that it was found in."""
     name = str(next(result["encoder"] for result in results.values() if "encoder" in result))
     if "all_minilm_l6_v2" in name.lower().replace("-", "_"):
         return "all-MiniLM-L6-v2"
-    return name if "hashing" not in name else f"{name}, as all-MiniLM-L6-v2 is not here (extra minilm)"
+    missed = recipe.encoder == "auto" and "hashing" in name
+    return f"{name}, as all-MiniLM-L6-v2 is not here (extra minilm)" if missed else name
 
 
 def make_records(recipe: Recipe, results: Results) -> list[Record]:

@@ -53,9 +53,9 @@ def draw(recipe: Recipe, results: Results, folder: Path) -> Path:
     save_figure(figure, path)
     caption = (
         f"Gold reward over KL to the reference, each method over its grid of beta, {len(recipe.seeds)} seeds. Marks: "
-        "one seed; lines: mean over the seeds of what is interpolated between the marks, from the reference at KL 0 as far "
-        "as all seeds go; bands: 95 % intervals over seeds and prompts; dotted: where the methods are compared. What "
-        f"lies beyond KL {limit:g} is cut off."
+        "one seed; lines: mean over the seeds of what is interpolated between the marks, from the reference at KL 0 as "
+        "far as all seeds go; bands: 95 % intervals over seeds and prompts; dotted: where the methods are compared. "
+        f"What lies beyond KL {limit:g} is cut off."
     )
     with atomic_path(path.with_suffix(".txt")) as temporary:
         temporary.write_text(caption + "\n", encoding="utf-8")

@@ -103,8 +103,10 @@ def _make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 def _cut(tokenizer: PreTrainedTokenizerFast, row: dict[str, str]) -> dict[str, str]:
     """The end of a prompt and the beginnings of its answers."""
+    # the blank between them goes to the answer: it is one token with the word that follows
+    whole = {"prompt": row["prompt"].rstrip(" "), **{side: f" {row[side]}" for side in ("chosen", "rejected")}}
     kept = {"prompt": slice(-_PROMPT_TOKENS, None), "chosen": slice(_ANSWER_TOKENS), "rejected": slice(_ANSWER_TOKENS)}
-    return {name: tokenizer.decode(tokenizer(row[name])["input_ids"][part]) for name, part in kept.items()}
+    return {name: tokenizer.decode(tokenizer(whole[name])["input_ids"][part]) for name, part in kept.items()}
 
 
 def _logps(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, str]], side: str) -> Any:

@@ -187,7 +187,7 @@ def plan(recipe: Recipe, *, hh: bool) -> list[Cell]:
 def expected_seconds(recipe: Recipe, cell: Cell) -> float:
     """About what a cell takes on a quiet core; only the proportions matter."""
     if cell.setting == HH:
-        return 20.0 if cell.method == SFT else 4.0
+        return 11.0 if cell.method == SFT else 9.0
     if cell.method == SFT:
         return 0.03 * recipe.sft_steps
     steps = recipe.epochs * recipe.pairs // recipe.batch_size
