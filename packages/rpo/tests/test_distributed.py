@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.testing import assert_close
 
-from decathlon.rpo.distributed import gather_padded, gather_with_local_grad
+from decathlon.rpo.distributed import gather_with_local_grad
 from decathlon.rpo.objectives import rpo_loss
 
 BETA, TAU, FEATURES = 0.3, 0.25, 5
@@ -25,7 +25,7 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from decathlon.rpo.distributed import gather_padded, gather_with_local_grad
+from decathlon.rpo.distributed import gather_with_local_grad
 from decathlon.rpo.objectives import rpo_loss
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -69,23 +69,6 @@ def unpaired():
     return {"loss": loss.detach(), "gradient": policy.module.weight.grad}
 
 
-def uneven():
-    policy = model()
-    rows = slice(0, 5) if rank == 0 else slice(5, 7)
-    ratios, valid = gather_padded(policy(data["responses"][rows]).squeeze(1))
-    label, embeddings = (gather_padded(data[name][rows])[0] for name in ("label", "response_embeddings"))
-    good, bad = valid & label, valid & ~label
-    loss = loss_of(ratios[good], ratios[bad], embeddings[good], embeddings[bad])
-    loss.backward()
-    return {"loss": loss.detach(), "gradient": policy.module.weight.grad, "valid": valid, "label": label}
-
-
-def one_is_empty():
-    rows = data["responses"][:3] if rank == 0 else data["responses"][:0]
-    gathered, valid = gather_padded(rows)
-    return {"gathered": gathered, "valid": valid}
-
-
 def shapes():
     own = torch.arange(6.0).reshape(2, 3) + 10 * rank
     return {"turned": gather_with_local_grad(own.T), "flags": gather_with_local_grad(own[0] > 5),
@@ -101,10 +84,10 @@ def own_slice():
 def group_of_one():
     groups = [dist.new_group([member]) for member in range(world)]
     own = torch.tensor([float(rank)])
-    return {"gathered": gather_with_local_grad(own, groups[rank]), "padded": gather_padded(own, groups[rank])[0]}
+    return {"gathered": gather_with_local_grad(own, groups[rank])}
 
 
-tasks = (paired, unpaired, uneven, one_is_empty, shapes, own_slice, group_of_one)
+tasks = (paired, unpaired, shapes, own_slice, group_of_one)
 torch.save({task.__name__: task() for task in tasks}, f"{folder}/out{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
@@ -177,9 +160,6 @@ class TestOneProcess:
         assert not dist.is_initialized()
         for tensor in (torch.ones(3, requires_grad=True), torch.ones(0, 2), torch.tensor([True, False])):
             assert gather_with_local_grad(tensor) is tensor
-            rows, valid = gather_padded(tensor)
-            assert rows is tensor
-            assert valid.tolist() == [True] * len(tensor)
 
     def test_the_gradient_is_not_scaled(self) -> None:
         tensor = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -212,22 +192,6 @@ class TestTwoProcesses:
             exact(rank["unpaired"]["loss"], loss)
             exact(rank["unpaired"]["gradient"], gradient)
 
-    def test_an_uneven_last_batch(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
-        data = make_data()
-        label, rows, embeddings = (data[name][:7] for name in ("label", "responses", "response_embeddings"))
-        loss, gradient = expected(rows[label], rows[~label], embeddings[label], embeddings[~label])
-        for rank in ranks:
-            exact(rank["uneven"]["loss"], loss)
-            exact(rank["uneven"]["gradient"], gradient)
-            assert rank["uneven"]["valid"].tolist() == [True] * 7 + [False] * 3
-            assert rank["uneven"]["label"][:7].tolist() == label.tolist()
-
-    def test_a_process_without_rows(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
-        rows = make_data()["responses"][:3]
-        for rank in ranks:
-            assert torch.equal(rank["one_is_empty"]["gathered"], torch.cat([rows, torch.zeros_like(rows)]))
-            assert rank["one_is_empty"]["valid"].tolist() == [True] * 3 + [False] * 3
-
     def test_shapes_and_dtypes(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
         own = torch.arange(6.0).reshape(2, 3)
         for rank in ranks:
@@ -242,4 +206,4 @@ class TestTwoProcesses:
 
     def test_a_group_of_one(self, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
         for place, rank in enumerate(ranks):
-            assert rank["group_of_one"]["gathered"].tolist() == rank["group_of_one"]["padded"].tolist() == [place]
+            assert rank["group_of_one"]["gathered"].tolist() == [place]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decathlon.rpo.sampling import InterleavingSampler
+from decathlon.rpo.sampling import InterleavingSampler, SpreadingSampler
 
 
 @given(good=st.integers(1, 12), bad=st.integers(1, 12), seed=st.integers(0, 5))
@@ -47,3 +47,14 @@ def test_one_label_or_another_balance() -> None:
         InterleavingSampler([False] * 2)
     with pytest.raises(ValueError, match="balance must be cycle or drop"):
         InterleavingSampler([True, False], balance="none")
+
+
+@given(good=st.integers(0, 12), bad=st.integers(0, 12))
+def test_spreading_shows_everything_once_and_spreads_the_rarer_label(good: int, bad: int) -> None:
+    labels = torch.tensor([True] * good + [False] * bad)
+    order = list(sampler := SpreadingSampler(labels))
+    assert sorted(order) == list(range(good + bad)) and len(sampler) == good + bad
+    if good and bad:
+        window = -(-(good + bad) // min(good, bad)) + 1
+        for start in range(0, good + bad - window + 1):
+            assert len(set(labels[order[start : start + window]].tolist())) == 2

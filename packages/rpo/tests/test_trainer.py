@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_the_equations(make_trainer: Any, tiny_model: Any, p
 
 
 @pytest.mark.parametrize("precompute", [True, False])
-def test_diagonal_with_weight_one_is_dpo_to_the_bit(
+def test_diagonal_with_weight_one_is_dpo(
     make_trainer: Any, tmp_path: Path, tiny_model: Any, tokenizer: Any, pairs: Dataset, precompute: bool
 ) -> None:
     shared = options(tmp_path / "dpo", precompute_ref_log_probs=precompute, max_steps=3)
@@ -367,3 +367,60 @@ def test_the_loss_of_the_trainer_is_the_function(make_trainer: Any) -> None:
                 chosen_embeddings=batch.get("prompt_embedding"), **settings,
             ).loss  # fmt: skip
             assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_embeddings_of_ones_own_for_training_alone(make_trainer: Any, pairs: Dataset) -> None:
+    data = pairs.add_column("prompt_embedding", [[1.0, float(place)] for place in range(len(pairs))])
+    with pytest.raises(ValueError, match="the eval data have no column 'prompt_embedding', and the training data have"):
+        make_trainer(data=data, eval_dataset=pairs, encoder="auto")
+
+
+@pytest.mark.parametrize(("bad", "message"), [(math.nan, "missing or not finite"), (1e300, "missing or not finite")])
+def test_streamed_embeddings_are_looked_at_too(make_trainer: Any, pairs: Dataset, bad: float, message: str) -> None:
+    rows = [[1.0, float(place)] for place in range(len(pairs))]
+    rows[3][0] = bad
+    data = pairs.add_column("prompt_embedding", rows)
+    with pytest.raises(ValueError, match="row 3: prompt_embedding"):
+        make_trainer(data=data)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(data=data.to_iterable_dataset()).train()
+    ragged = Dataset.from_list(
+        [{**row, "prompt_embedding": [1.0] * (1 + place % 2)} for place, row in enumerate(pairs)]
+    )
+    with pytest.raises(ValueError, match="all must be alike"):
+        make_trainer(data=ragged.to_iterable_dataset()).train()
+
+
+def test_streamed_data(make_trainer: Any, pairs: Dataset) -> None:
+    data = pairs.add_column("prompt_embedding", [[1.0, float(place)] for place in range(len(pairs))])
+    trainer = make_trainer(data=data.to_iterable_dataset(), max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_prompts_that_are_part_of_the_pairs(make_trainer: Any, pairs: Dataset) -> None:
+    whole = pairs.map(
+        lambda row: {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]},
+        remove_columns="prompt",
+    )
+    trainer = make_trainer(data=whole)
+    assert {"prompt", "prompt_embedding"} <= set(trainer.train_dataset.column_names)
+    trainer.train()
+
+
+def test_a_data_set_given_to_evaluate(make_trainer: Any, pairs: Dataset) -> None:
+    trainer = make_trainer()
+    assert trainer.evaluate(pairs)["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_an_adapter_that_was_there_before_is_the_reference(make_trainer: Any, tiny_model: Any) -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    trainer = make_trainer(model=model, precompute_ref_log_probs=True, max_steps=6, weight_scale="mean")
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
+
+
+def test_a_list_is_no_data_set(make_trainer: Any, pairs: Dataset) -> None:
+    with pytest.raises(TypeError, match="Dataset"):
+        make_trainer(data=list(pairs))

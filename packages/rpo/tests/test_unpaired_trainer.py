@@ -151,9 +151,47 @@ def test_pairs_are_taken_apart_with_their_embeddings(make_trainer: Any, pairs: D
     data = pairs.add_column("prompt_embedding", [[float(place), 1.0] for place in range(len(pairs))])
     trainer = make_trainer(data=data)
     assert len(trainer.train_dataset) == 2 * len(pairs)
-    prompts = {row["prompt"]: row["prompt_embedding"] for row in trainer.train_dataset}
-    assert all([place, 1.0] in [list(prompts[row["prompt"]]) for row in data] for place in [float(len(data) - 1)])
+    of_pair = {row["chosen"]: row["prompt_embedding"] for row in data}
+    of_pair |= {row["rejected"]: row["prompt_embedding"] for row in data}
+    good = {row["chosen"] for row in data}
+    for row in trainer.train_dataset:
+        response = row["completion"].removesuffix("<eos>")
+        assert list(row["prompt_embedding"]) == of_pair[response] and row["label"] == (response in good)
     trainer.train()
+
+
+def test_pairs_are_evaluated_half_good_half_bad(make_trainer: Any, pairs: Dataset) -> None:
+    """trl takes them apart into the good ones and then the bad ones."""
+    trainer = make_trainer(eval_dataset=pairs, weight_scale="mean", max_steps=20, per_device_eval_batch_size=4)
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_rpo/skipped"] == 0 and math.isfinite(found["eval_rpo/weight_entropy"])
+    assert 0.01 < found["eval_loss"] < math.log(2)
+    with pytest.raises(ValueError, match="per_device_eval_batch_size is 1"):
+        make_trainer(eval_dataset=pairs, per_device_eval_batch_size=1)
+
+
+def test_streamed_data(make_trainer: Any, pairs: Dataset, examples: Dataset) -> None:
+    with pytest.raises(ValueError, match="streamed pairs"):
+        make_trainer(data=pairs.to_iterable_dataset())
+    with pytest.raises(ValueError, match="balance 'cycle' cannot be had of streamed data"):
+        make_trainer(data=examples.to_iterable_dataset())
+    mixed = examples.select([0, 5, 1, 6, 2, 7, 8, 13]).to_iterable_dataset()
+    trainer = make_trainer(data=mixed, balance="none", weighting="uniform", max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["rpo/skipped"] == 0
+    odd = Dataset.from_dict({"prompt": ["about sea"] * 4, "completion": ["yes"] * 4, "label": [2, 0, 1, 0]})
+    with pytest.raises(ValueError, match=r"label must be true or false .* got 2"):
+        make_trainer(data=odd.to_iterable_dataset(), balance="none", weighting="uniform").train()
+
+
+def test_ktos_advice_about_weights_is_left_out(make_trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [("yes", True)] * 7 + [("no", False)]
+    data = Dataset.from_dict(
+        {"prompt": ["about sea"] * 8, "completion": [r[0] for r in rows], "label": [r[1] for r in rows]}
+    )
+    make_trainer(data=data)
+    assert "desirable_weight" not in caplog.text
 
 
 def test_resumption_is_exact(make_trainer: Any, tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _REPOSITORY, _FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
-INSTRUCTIONS = 805
-"""Instructions of the whole set."""
 
 
 def generate_alpaca_eval(
@@ -31,6 +29,7 @@ def generate_alpaca_eval(
     temperature: float = 1.0,
     batch_size: int = 32,
     instructions: str | os.PathLike[str] | Sequence[str] | None = None,
+    instructions_revision: str | None = None,
     generator: str | None = None,
     seed: int = 0,
 ) -> Path:
@@ -49,6 +48,7 @@ def generate_alpaca_eval(
         temperature: As in `generate_responses`.
         batch_size: Instructions at a time.
         instructions: Local copy of alpaca_eval.json, or the texts themselves; None fetches the 805 from the hub.
+        instructions_revision: Branch, tag or commit to fetch them of; None takes the newest.
         generator: Name of the model in the file; that of its folder if not given.
         seed: Of the draws.
 
@@ -58,12 +58,15 @@ def generate_alpaca_eval(
     Raises:
         UserError: If the instructions cannot be had, or the file holds none.
     """
-    texts = read_instructions(instructions) if isinstance(instructions, str | os.PathLike | None) else instructions
+    if isinstance(instructions, str | os.PathLike | None):
+        instructions = read_instructions(instructions, revision=instructions_revision)
+    texts = list(instructions)
     name = generator or Path(getattr(model.config, "_name_or_path", "") or "decathlon-rpo").name
     answers = generate_responses(
         model,
         tokenizer,
         [_prompt(tokenizer, text) for text in texts],
+        add_special_tokens=tokenizer.chat_template is None,  # a template writes them itself
         max_new_tokens=max_new_tokens,
         top_p=top_p,
         temperature=temperature,
@@ -79,13 +82,17 @@ def generate_alpaca_eval(
     return Path(output)
 
 
-def read_instructions(source: str | os.PathLike[str] | None = None) -> list[str]:
+def read_instructions(source: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> list[str]:
     """The instructions of AlpacaEval, from a local copy of alpaca_eval.json or, for None, from the hub.
+
+    Args:
+        source: The local copy.
+        revision: Branch, tag or commit on the hub; None takes the newest.
 
     Raises:
         UserError: If there is no such file, or it holds something else.
     """
-    path = Path(source if source is not None else _fetch())
+    path = Path(source if source is not None else _fetch(revision))
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         texts = [row["instruction"] for row in rows]
@@ -98,12 +105,12 @@ def read_instructions(source: str | os.PathLike[str] | None = None) -> list[str]
     return texts
 
 
-def _fetch() -> str:
+def _fetch(revision: str | None) -> str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return str(hf_hub_download(_REPOSITORY, _FILE, repo_type="dataset"))
+        return str(hf_hub_download(_REPOSITORY, _FILE, repo_type="dataset", revision=revision))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"{_FILE} of {_REPOSITORY} cannot be had from the Hugging Face hub: copy it from "

@@ -77,6 +77,9 @@ class TrainArguments:
         "save_to_disk, or an id of the hub; with prompt, chosen, rejected or, unpaired, prompt, completion, label.",
     )
     dataset_config: str | None = _option(None, "Config of a data set of the hub that has several.")
+    dataset_revision: str | None = _option(
+        None, "Branch, tag or commit of a data set of the hub; the newest if not given."
+    )
     dataset_train_split: str = _option("train", "Split to train on.")
     dataset_test_split: str = _option("test", "Split to evaluate on, if eval_strategy is not no.")
     prompt_style: str = _option(

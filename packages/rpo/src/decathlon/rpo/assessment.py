@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from decathlon.rpo.evaluate import bootstrap_interval, wilson_interval
 from numpy.typing import NDArray
 
 from decathlon.rpo.config import RPOConfig
+from decathlon.rpo.evaluate import bootstrap_interval, preference_accuracy, win_rates, wilson_interval
 from decathlon.rpo.generation import generate_responses
 from decathlon.rpo.judge import Judge, Sample, judge_samples, key_from_environment
 from decathlon.rpo.options import EvaluateConfig
-from decathlon.rpo.sources import base_of, load_model, load_tokenizer, read_dataset
+from decathlon.rpo.sources import base_of, cut_prompts, load_model, load_tokenizer, read_dataset, user_errors
 from decathlon.rpo.trainer import RPOTrainer
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
@@ -30,17 +30,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_ROW = "decathlon_row"
+
+
 @dataclass(frozen=True)
 class PairScores:
     """What two models make of pairs of responses; all [n].
 
     Attributes:
+        rows: Which pairs, by their numbers: those that are not left out.
         chosen_logratios: Log-probability of the chosen response, that of the policy minus that of the reference.
         rejected_logratios: The same of the rejected one.
         chosen_reference: Log-probability of the chosen response under the reference.
         rejected_reference: The same of the rejected one.
     """
 
+    rows: NDArray[np.int64]
     chosen_logratios: NDArray[np.float64]
     rejected_logratios: NDArray[np.float64]
     chosen_reference: NDArray[np.float64]
@@ -54,8 +59,8 @@ def assess(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
         Figures by name: value, low, high (95 %), and "of": of how many.
 
     Raises:
-        UserError: If something is missing.
-        ValueError, TypeError, KeyError, OSError: As the readers.
+        UserError: If something is missing or does not fit.
+        OSError: As the readers.
     """
     judge = _judge(config)  # a wrong URL is said before the responses take their time
     if config.samples is not None:
@@ -89,14 +94,17 @@ def _judge(config: EvaluateConfig) -> Judge | None:
 def _measure(config: EvaluateConfig) -> tuple[list[Sample], dict[str, dict[str, Any]]]:
     if config.model is None:
         raise UserError("model is missing: evaluate MODEL, or --samples FILE")
-    data = read_dataset(
-        config.dataset_name,
-        split=config.dataset_split,
-        config=config.dataset_config,
-        prompt_style=config.prompt_style,
-    ).shuffle(seed=config.seed)
-    tokenizer = load_tokenizer(config.model)
-    policy = load_model(config.model, device=config.device, dtype=config.dtype)
+    with user_errors():
+        data = read_dataset(
+            config.dataset_name,
+            split=config.dataset_split,
+            config=config.dataset_config,
+            revision=config.dataset_revision,
+            prompt_style=config.prompt_style,
+        ).shuffle(seed=config.seed)
+        tokenizer = load_tokenizer(config.model, revision=config.revision)
+        policy = load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)
+        data = _prepared(_first(data, max(config.num_prompts, config.num_pairs)), tokenizer, config)
     samples: list[Sample] = []
     if config.num_prompts:
         samples = sample_responses(
@@ -104,7 +112,6 @@ def _measure(config: EvaluateConfig) -> tuple[list[Sample], dict[str, dict[str, 
             tokenizer,
             _first(data, config.num_prompts),
             max_new_tokens=config.max_new_tokens,
-            max_prompt_length=config.max_prompt_length,
             top_p=config.top_p,
             temperature=config.temperature,
             batch_size=config.batch_size,
@@ -113,32 +120,49 @@ def _measure(config: EvaluateConfig) -> tuple[list[Sample], dict[str, dict[str, 
         write_samples(samples, config.output)
     if not config.num_pairs or "rejected" not in data.column_names:
         return samples, {}
-    name = config.reference or base_of(config.model)
-    if name is None:
+    reference = (config.reference, config.reference_revision) if config.reference else base_of(config.model)
+    if reference is None:
         warnings.warn("no implicit rewards: give --reference, the model before tuning", stacklevel=2)
         return samples, {}
     pairs = _first(data, config.num_pairs)
     scores = score_pairs(
         policy,
-        load_model(name, device=config.device, dtype=config.dtype),
+        load_model(reference[0], revision=reference[1], device=config.device, dtype=config.dtype),
         tokenizer,
         pairs,
         max_length=config.max_length,
         batch_size=config.batch_size,
     )
+    pairs = pairs.select(scores.rows)
     # beside them what asks no preference model: an implicit reward should beat both
     ranked = {
         "pairs by implicit reward": (scores.chosen_logratios, scores.rejected_logratios),
         "pairs by log-probability of the reference": (scores.chosen_reference, scores.rejected_reference),
         "pairs by shorter response": tuple(-np.array([len(text) for text in pairs[n]]) for n in ("chosen", "rejected")),
     }
-    return samples, {rule: _accuracy(*values) for rule, values in ranked.items()}
+    with user_errors():  # what is NaN is so in the model
+        return samples, {rule: _accuracy(*values) for rule, values in ranked.items()}
+
+
+def _prepared(data: Dataset, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Dataset:
+    """The data with prompts cut as in training, for the responses and the scores alike."""
+    if config.max_prompt_length is None or not len(data) or not isinstance(data[0].get("prompt"), str):
+        return data
+    posts = config.dataset_name.partition(":")[0] == "tldr"
+    keep = config.prompt_truncation or ("keep_start" if posts else "keep_end")
+    return cut_prompts(
+        data,
+        tokenizer,
+        max_prompt_length=config.max_prompt_length,
+        max_length=config.max_length,
+        keep=keep.removeprefix("keep_"),
+    )
 
 
 def _accuracy(chosen: NDArray[Any], rejected: NDArray[Any]) -> dict[str, Any]:
-    right = np.where(chosen == rejected, 0.5, chosen > rejected)
-    value, low, high = bootstrap_interval(right)
-    return {"value": float(value), "low": float(low), "high": float(high), "of": len(right)}
+    value = preference_accuracy(chosen, rejected)
+    _, low, high = bootstrap_interval(win_rates(chosen[:, None], rejected[:, None]))
+    return {"value": value, "low": low, "high": high, "of": len(chosen)}
 
 
 def _first(data: Dataset, count: int) -> Dataset:
@@ -165,7 +189,7 @@ def score_pairs(
         batch_size: Pairs at a time.
 
     Raises:
-        ValueError: If the data are not pairs.
+        UserError: If the data are not pairs, or none is left.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = RPOConfig(
@@ -178,14 +202,20 @@ def score_pairs(
             bf16=False,
             use_cpu=policy.device.type == "cpu",
         )
-        trainer = RPOTrainer(policy, reference, args=settings, train_dataset=pairs, processing_class=tokenizer)
+        settings._n_gpu = min(settings.n_gpu, 1)  # more than one, without a launcher, trl refuses; one is enough
+        numbered = pairs.add_column(_ROW, np.arange(len(pairs)))
+        with user_errors():
+            trainer = RPOTrainer(policy, reference, args=settings, train_dataset=numbered, processing_class=tokenizer)
+        rows = np.array(trainer.train_dataset[_ROW][:], np.int64)
+        if not len(rows):
+            raise UserError(f"no pair can be scored: every prompt fills max_length ({max_length}); raise it")
         found: list[NDArray[np.float64]] = []
         for batch in progress(trainer.get_eval_dataloader(trainer.train_dataset), desc="score", unit="batch"):
             with torch.inference_mode():
                 by_policy = torch.stack(trainer.compute_ref_log_probs(policy, batch))
                 by_reference = torch.stack(trainer.compute_ref_log_probs(reference, batch))
             found.append(torch.cat([by_policy - by_reference, by_reference]).double().cpu().numpy())
-    return PairScores(*np.concatenate(found, axis=1))
+    return PairScores(rows, *np.concatenate(found, axis=1))
 
 
 def sample_responses(
@@ -200,15 +230,15 @@ def sample_responses(
         **options: As `generate_responses`.
 
     Raises:
-        ValueError: If the columns are others, or the prompts no text.
+        UserError: If the columns are others, or the prompts no text.
     """
     if "chosen" not in rows.column_names and {"completion", "label"} <= set(rows.column_names):
         rows = rows.filter(lambda row: bool(row["label"])).rename_column("completion", "chosen")
     if missing := {"prompt", "chosen"} - set(rows.column_names):
-        raise ValueError(f"the data have no {' and no '.join(sorted(missing))}: columns {rows.column_names}")
+        raise UserError(f"the data have no {' and no '.join(sorted(missing))}: columns {rows.column_names}")
     prompts, chosen = list(rows["prompt"]), list(rows["chosen"])
     if not all(isinstance(text, str) for text in (*prompts, *chosen)):
-        raise ValueError("prompt and chosen must be text, and these are messages: render them first")
+        raise UserError("prompt and chosen must be text, and these are messages: render them first")
     answers = generate_responses(policy, tokenizer, prompts, **options)
     return [
         {"prompt": prompt, "chosen": good, "policy": answer}

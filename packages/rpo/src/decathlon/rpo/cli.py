@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from decathlon.rpo.options import AlpacaEvalConfig, EmbedConfig, EvaluateConfig
 from decathlon.rpo.protocol import ReproduceConfig
+from decathlon.rpo.sources import load_model, load_tokenizer, read_dataset, user_errors
 from decathlon.shared.config import run_cli
 from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
@@ -32,8 +33,9 @@ def train(argv: Sequence[str]) -> None:
     """Tune a language model on pairs of responses, or (--unpaired) on good and bad ones."""
     from decathlon.rpo import arguments, training
 
-    with _user_errors():
-        parsed = arguments.parse_train(argv)
+    with _plain_warnings():
+        with user_errors():
+            parsed = arguments.parse_train(argv)
         trainer = training.train(parsed)
     if trainer.is_world_process_zero():
         print(f"\n{training.summary(trainer)}\n\nmodel: {parsed.training.output_dir}")
@@ -45,21 +47,21 @@ def train(argv: Sequence[str]) -> None:
 def embed(config: EmbedConfig) -> None:
     """Embed the prompts of a data set, once for all trainings."""
     from decathlon.rpo.embedding import embed_prompts
-    from decathlon.rpo.sources import read_dataset
 
     output = Path(config.output)
     if output.exists() and not (output / "dataset_info.json").is_file():
         raise UserError(f"{output} is there and holds no data set: name a new folder")
-    with _user_errors():
+    with _plain_warnings(), user_errors():
         data = read_dataset(
             config.dataset_name,
             split=config.dataset_split,
             config=config.dataset_config,
+            revision=config.dataset_revision,
             prompt_style=config.prompt_style,
         )
         embedded = embed_prompts(data, config.encoder, batch_size=config.batch_size, keep=config.keep)
-        with atomic_path(output) as path:
-            embedded.save_to_disk(str(path))
+    with atomic_path(output) as path:
+        embedded.save_to_disk(str(path))
     width = len(embedded[0]["prompt_embedding"])
     print(f"{len(embedded)} rows, embeddings of {width}: {_PROG} train --dataset_name {output}")
 
@@ -71,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Answer test prompts, tell pairs apart by implicit reward and, with --judge URL, have the answers judged."""
     from decathlon.rpo.assessment import assess
 
-    with _user_errors():
+    with _plain_warnings():
         outcome = assess(config)
     if config.results is not None:
         with atomic_path(config.results) as path:
@@ -91,15 +93,17 @@ def evaluate(config: EvaluateConfig) -> None:
 def alpaca_eval(config: AlpacaEvalConfig) -> None:
     """Answer the instructions of AlpacaEval 2.0, for the public command alpaca_eval."""
     from decathlon.rpo.alpaca_eval import generate_alpaca_eval, read_instructions
-    from decathlon.rpo.sources import load_model, load_tokenizer
 
     if config.model is None:
         raise UserError("model is missing: alpaca-eval MODEL OUTPUT")
-    with _user_errors():
-        instructions = read_instructions(config.instructions)
+    with _plain_warnings():
+        with user_errors():
+            instructions = read_instructions(config.instructions, revision=config.instructions_revision)
+            model = load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)
+            tokenizer = load_tokenizer(config.model, revision=config.revision)
         path = generate_alpaca_eval(
-            load_model(config.model, device=config.device, dtype=config.dtype),
-            load_tokenizer(config.model),
+            model,
+            tokenizer,
             output=config.output,
             max_new_tokens=config.max_new_tokens,
             top_p=config.top_p,
@@ -119,7 +123,7 @@ def reproduce(config: ReproduceConfig) -> None:
     """Run the quick experiment with its baselines, and print results and claims with intervals."""
     from decathlon.rpo import experiment
 
-    with _user_errors():
+    with _plain_warnings():
         experiment.reproduce(config)
 
 
@@ -127,18 +131,12 @@ def reproduce(config: ReproduceConfig) -> None:
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
-    """What the package refuses in the user's files or options is the user's to mend; warnings are one line each."""
+def _plain_warnings() -> Iterator[None]:
+    """Warnings are one line each."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         warnings.simplefilter("ignore", FutureWarning)  # of libraries to one another: nothing that a user could mend
-        try:
-            yield
-        except UserError:
-            raise
-        except (ValueError, TypeError, KeyError, ImportError, NotImplementedError) as error:
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            raise UserError(" ".join(str(text).split())) from error
+        yield
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

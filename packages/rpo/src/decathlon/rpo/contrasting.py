@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from trl import extract_prompt
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from decathlon.rpo.collators import EMBEDDING
-from decathlon.rpo.distributed import gather_padded, gather_with_local_grad
+from decathlon.rpo.distributed import gather_with_local_grad
 from decathlon.rpo.embedding import check_embeddings, embed_prompts
 from decathlon.rpo.encoders import PromptEncoder
 from decathlon.rpo.objectives import RPOLossOutput, rpo_loss
@@ -67,38 +68,49 @@ class ContrastingTrainer(_Trainer):
 
     def _set_up(self, args: RPOConfig | UnpairedRPOConfig, encoder: PromptEncoder | None, train_dataset: Any) -> None:
         """What must be known before trl's constructor runs, as that prepares the data."""
-        if train_dataset is not None and {"image", "images"} & set(column_names(train_dataset)):
+        if hasattr(train_dataset, "column_names") and {"image", "images"} & set(column_names(train_dataset)):
             raise NotImplementedError("data with images: prompts are embedded as text, so drop the images or use trl")
         self._encoder = encoder if encoder is not None else args.encoder
         self._contrasts: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._contrast_names: tuple[str, ...] = ()
+        self._given = False  # whether the training data bring their embeddings
+        self._chosen_encoder = encoder is not None or args.encoder != "auto"
         self._rows = args.per_device_train_batch_size * (args.world_size if args.gather_contrasts else 1)
         if args.gather_contrasts and not args.accelerator_config.even_batches:
             raise ValueError("gather_contrasts needs batches of one size on all devices: leave even_batches true")
+        if args.gather_contrasts and getattr(args, "parallelism_config", None) is not None:
+            raise ValueError("gather_contrasts needs a batch of its own on every device: leave parallelism_config out")
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if EMBEDDING not in self._signature_columns:
+        if self.args.weighting == "embedding" and EMBEDDING not in self._signature_columns:
             self._signature_columns.append(EMBEDDING)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        dataset = self._checked(dataset, dataset_name)
+        dataset = with_prompts(self._checked(dataset, dataset_name), args.dataset_num_proc)
         if args.weighting == "embedding":
-            dataset = self._embedded(dataset, args)
+            dataset = self._embedded(dataset, args, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _checked(self, dataset: Any, dataset_name: str) -> Any:
-        """The data set, with a prompt of its own.
+        """The data set, looked through.
 
         Raises:
             ValueError: If the columns are not those that the trainer needs.
         """
         raise NotImplementedError
 
-    def _embedded(self, dataset: Any, args: RPOConfig | UnpairedRPOConfig) -> Any:
-        if EMBEDDING in column_names(dataset):
+    def _embedded(self, dataset: Any, args: RPOConfig | UnpairedRPOConfig, dataset_name: str) -> Any:
+        given = EMBEDDING in column_names(dataset)
+        self._given = given if dataset_name == "train" else self._given
+        if given:
             check_embeddings(dataset, EMBEDDING)
             return dataset
+        if self._given and not self._chosen_encoder:
+            raise ValueError(
+                f"the {dataset_name} data have no column {EMBEDDING!r}, and the training data have: embed both alike, "
+                "or name the encoder"
+            )
         if self._encoder is None:
             raise ValueError(
                 f"encoder is None and the data have no column {EMBEDDING!r}: give an encoder, or the data their "
@@ -143,10 +155,10 @@ class ContrastingTrainer(_Trainer):
         """Of all devices, if their responses are to be contrasted, else of this one."""
         if not self.args.gather_contrasts:
             return tensor
-        if self.model.training:
-            return gather_with_local_grad(tensor)
-        rows, valid = gather_padded(tensor)  # the last batch of an evaluation may be shorter on some
-        return rows[valid]
+        rows, state = gather_with_local_grad(tensor), self.accelerator.gradient_state
+        if not self.model.training and state.end_of_dataloader and state.remainder > 0:
+            rows = rows[: state.remainder]  # the last batch of an evaluation is filled up from the beginning
+        return rows
 
     def _contrast(
         self,
@@ -173,7 +185,10 @@ class ContrastingTrainer(_Trainer):
         )
         metrics = self._metrics_of(output)
         self._contrast_names = tuple(metrics)
-        self._contrasts["train" if self.model.training else "eval"].append(torch.stack([*metrics.values()]))
+        row = torch.stack([*metrics.values()])
+        if not args.gather_contrasts:
+            row = self.accelerator.gather(row[None]).nanmean(dim=0)
+        self._contrasts["train" if self.model.training else "eval"].append(row)
         return output.loss
 
     def _metrics_of(self, output: RPOLossOutput) -> dict[str, Tensor]:
@@ -183,9 +198,10 @@ class ContrastingTrainer(_Trainer):
         """As trl's, with the metrics of the contrasts."""
         mode = "train" if self.model.training else "eval"
         if rows := self._contrasts[mode]:
-            means = self.accelerator.gather(torch.stack(rows).nanmean(dim=0, keepdim=True)).nanmean(dim=0)
-            for name, mean in zip(self._contrast_names, means.tolist(), strict=True):
-                self._metrics[mode][f"rpo/{name}"].append(mean)
+            means = torch.stack(rows).nanmean(dim=0).tolist()
+            for name, mean in zip(self._contrast_names, means, strict=True):
+                if not math.isnan(mean):  # of batches of one label alone
+                    self._metrics[mode][f"rpo/{name}"].append(mean)
             rows.clear()
         super().log(logs, start_time)
 
@@ -196,17 +212,19 @@ def column_names(dataset: Any) -> list[str]:
     return list(next(iter(dataset))) if names is None else list(names)
 
 
-def with_prompts(dataset: Any, columns: Sequence[str]) -> Any:
+def with_prompts(dataset: Any, processes: int | None) -> Any:
     """The data set, with the prompt of its own that trl takes out of pairs that have none.
 
     Raises:
         ValueError: If there is neither a prompt nor a pair to take it from.
     """
+    columns = column_names(dataset)
     if "prompt" in columns:
         return dataset
     if not {"chosen", "rejected"} <= set(columns):
         raise ValueError(f"the data have no prompt, and no chosen and rejected to take it from: columns {columns}")
-    return dataset.map(extract_prompt)
+    with global_then_local_main_first():
+        return dataset.map(extract_prompt, **({"num_proc": processes} if hasattr(dataset, "__len__") else {}))
 
 
 def config_of(args: Any, kind: type, model: Any, suffix: str) -> Any:

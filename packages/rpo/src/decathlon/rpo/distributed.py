@@ -43,29 +43,5 @@ def gather_with_local_grad(tensor: Tensor, group: Any = None) -> Tensor:
     return gathered
 
 
-def gather_padded(tensor: Tensor, group: Any = None) -> tuple[Tensor, Tensor]:
-    """As `gather_with_local_grad`, for processes of unlike numbers of rows, such as an evaluation's last batch.
-
-    It learns the longest number from all processes, and waits for it: no function for each step of a training.
-
-    Args:
-        tensor: This process's rows, [n, ...]; n may be 0.
-        group: The processes; None: all.
-
-    Returns:
-        [processes longest n, ...], with zeros behind the rows of each process that has fewer, and which rows are real,
-        bool [processes longest n].
-    """
-    valid = torch.ones(len(tensor), dtype=torch.bool, device=tensor.device)
-    if _alone(group):
-        return tensor, valid
-    longest = torch.tensor(len(tensor), device=tensor.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
-    missing = int(longest) - len(tensor)
-    padded = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
-    valid = torch.cat([valid, valid.new_zeros(missing)])
-    return gather_with_local_grad(padded, group), gather_with_local_grad(valid, group)
-
-
 def _alone(group: Any) -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1

@@ -132,7 +132,7 @@ def check_embeddings(dataset: Any, column: str = "prompt_embedding") -> None:
             raise ValueError(
                 f"row {start + number}: {column} has {lengths[number]} numbers, expected {expected}; {_MEND}"
             )
-        values = rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), width)
+        values = rows.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(rows), width)
         if (bad := ~np.isfinite(values).all(axis=1)).any():
             raise ValueError(
                 f"row {start + int(bad.argmax())}: {column} has a number that is missing or not finite; {_MEND}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from decathlon.shared.errors import UserError
 from decathlon.shared.progress import progress
 
 if TYPE_CHECKING:
@@ -20,35 +21,35 @@ def generate_responses(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 256,
-    max_prompt_length: int | None = None,
     top_p: float = 0.95,
     temperature: float = 1.0,
     batch_size: int = 32,
     seed: int = 0,
+    add_special_tokens: bool = True,
     desc: str = "generate",
 ) -> list[str]:
     """A response to each prompt, without special tokens.
 
     Args:
         model: Causal language model; it is left in the mode that it was in.
-        tokenizer: Its tokenizer; prompts get the special tokens that it adds.
+        tokenizer: Its tokenizer.
         prompts: Texts.
         max_new_tokens: Longest response.
-        max_prompt_length: Tokens of a prompt that are kept, the last ones; None keeps all.
         top_p: Draws from the most likely tokens that have this share together (the paper: 0.95).
         temperature: Of the draws (the paper: 1); 0 takes the most likely token.
         batch_size: Prompts at a time. Draws depend on it.
         seed: Of the draws; torch's own generator is left as it was.
+        add_special_tokens: Whether prompts get the special tokens that the tokenizer adds; not if a chat template has.
         desc: Of the progress bar.
 
     Raises:
-        ValueError: If batch_size or max_new_tokens is below 1, or temperature negative.
+        UserError: If batch_size or max_new_tokens is below 1, or temperature negative.
     """
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise UserError(f"{name} must be at least 1, got {value}")
     if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+        raise UserError(f"temperature must not be negative, got {temperature}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     draws: dict[str, Any] = {"do_sample": False}
     if temperature > 0:  # top_k 0: as in the paper, top_p alone
@@ -62,8 +63,7 @@ def generate_responses(
             batch = tokenizer(
                 list(prompts[start : start + batch_size]),
                 padding=True,
-                truncation=max_prompt_length is not None,
-                max_length=max_prompt_length,
+                add_special_tokens=add_special_tokens,
                 return_token_type_ids=False,
                 return_tensors="pt",
             ).to(model.device)
@@ -74,14 +74,13 @@ def generate_responses(
 
 @contextmanager
 def _reading_left(tokenizer: Any, pad: int) -> Iterator[None]:
-    """Pad and cut on the left, so that all prompts end where their responses begin."""
-    before = tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token_id
-    tokenizer.padding_side = tokenizer.truncation_side = "left"
-    tokenizer.pad_token_id = pad
+    """Pad on the left, so that all prompts end where their responses begin."""
+    before = tokenizer.padding_side, tokenizer.pad_token_id
+    tokenizer.padding_side, tokenizer.pad_token_id = "left", pad
     try:
         yield
     finally:
-        tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token_id = before
+        tokenizer.padding_side, tokenizer.pad_token_id = before
 
 
 @contextmanager

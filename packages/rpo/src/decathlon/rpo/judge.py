@@ -11,8 +11,9 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from http.client import HTTPException
 from typing import Any, Literal, TypedDict
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 
@@ -62,13 +63,13 @@ class Judge:
         url: Of the endpoint, such as https://api.openai.com/v1 or http://localhost:8000/v1.
         model: Name of the model there; the paper's is gpt-4-0613.
         task: "dialogue" or "summary": what is asked.
-        api_key: Sent as a bearer token, if given.
+        api_key: Sent as a bearer token, if given; it is in no message.
         timeout: Seconds to wait for an answer.
         retries: How often it is asked again when it is busy or cannot be reached.
         sleep: Waits between two tries.
 
     Raises:
-        UserError: For a URL or task that cannot be.
+        UserError: For a URL, task or key that cannot be.
     """
 
     def __init__(
@@ -82,13 +83,11 @@ class Judge:
         retries: int = 5,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"judge must be a URL such as https://api.openai.com/v1, got {url!r}")
+        _check_url(url)
         if task not in TASKS:
             raise UserError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
         self._url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self._model, self._task, self._key = model, task, api_key
+        self._model, self._task, self._key = model, task, _checked_key(api_key, "api_key")
         self._timeout, self._retries, self._sleep = timeout, retries, sleep
         self._opener = urllib.request.build_opener(_NoRedirect)
 
@@ -114,7 +113,7 @@ class Judge:
         try:
             text = json.loads(reply)["choices"][0]["message"]["content"] or ""
         except (ValueError, LookupError, TypeError):
-            raise UserError(f"{self._url} does not answer by OpenAI's chat protocol: {reply[:200]!r}") from None
+            raise UserError(f"{self._url} does not answer by OpenAI's chat protocol: {self._said(reply)}") from None
         verdicts = _VERDICT.findall(text)
         if not verdicts:
             return None
@@ -131,17 +130,23 @@ class Judge:
                 with self._opener.open(request, timeout=self._timeout) as response:
                     return str(response.read().decode("utf-8", "replace"))
             except urllib.error.HTTPError as error:
-                said = " ".join(error.read().decode("utf-8", "replace").split())[:200]
-                problem = f"HTTP {error.code} {said}"
+                problem = f"HTTP {error.code} {self._said(error.read().decode('utf-8', 'replace'))}"
                 if error.code not in _RETRIED and error.code < HTTPStatus.INTERNAL_SERVER_ERROR:
                     raise UserError(f"the judge at {self._url} refuses: {problem}") from None
                 asked = error.headers.get("Retry-After", "")
                 wait = min(float(asked), _LONGEST_WAIT) if asked.isdigit() else wait
-            except OSError as error:  # no route, no name, a time-out, a connection that breaks
-                problem = str(getattr(error, "reason", error))
+            except (OSError, HTTPException) as error:  # no route, no name, a time-out, a connection that breaks
+                problem = self._said(str(getattr(error, "reason", error)))
             if attempt < self._retries:
                 self._sleep(wait)
         raise ConnectionError(f"the judge at {self._url} gives no answer: {problem}")
+
+    def _said(self, text: str) -> str:
+        """The beginning of what a server says, without the key, which it may repeat."""
+        if self._key:
+            for form in (self._key, json.dumps(self._key)[1:-1], quote(self._key, safe="")):
+                text = text.replace(form, "***")
+        return " ".join(text.split())[:200]
 
 
 def judge_samples(
@@ -173,8 +178,34 @@ def judge_samples(
 
 
 def key_from_environment(variable: str) -> str | None:
-    """The key of the endpoint; None if the variable is not set, as for a server of one's own."""
-    return os.environ.get(variable) or None
+    """The key of the endpoint; None if the variable is not set, as for a server of one's own.
+
+    Raises:
+        UserError: If it cannot be sent.
+    """
+    return _checked_key(os.environ.get(variable), variable)
+
+
+def _checked_key(key: str | None, name: str) -> str | None:
+    """The key without blanks around it, as from a file with a line end."""
+    key = (key or "").strip()
+    if not (key.isascii() and key.isprintable()):  # the message must not hold it
+        raise UserError(f"{name} holds characters that no key has (line ends, controls or letters beyond ASCII)")
+    return key or None
+
+
+def _check_url(url: str) -> None:
+    """Refuse what is no URL of an endpoint; secrets in it are not repeated."""
+    if "@" in re.split(r"[/?#]", url.partition("://")[2] or url)[0]:
+        raise UserError("judge must be a URL without user:password@: name the key's variable with judge_key")
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port or a bracket
+        valid = False
+    if not valid or re.search(r"[?#\s]", url) or not (url.isascii() and url.isprintable()):
+        shown = re.split(r"[?#]", url)[0]
+        raise UserError(f"judge must be a URL such as https://api.openai.com/v1, got {shown!r}")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -90,8 +90,9 @@ def contrast_weights(
     left, right = (_unit(value.detach()) for value in (chosen_embeddings, rejected_embeddings))
     with torch.autocast(left.device.type, enabled=False):  # which would round the cosines to three digits
         cosines = left @ right.T
-    # a softmax of the cosines: exp(-d / tau) itself would vanish for a small tau
-    weights = torch.softmax((cosines - 1) / tau, dim=1)
+    # a softmax of cosines less their greatest: exp(-d / tau) itself would vanish for a small tau
+    nearest = cosines.amax(dim=1, keepdim=True) if cosines.numel() else cosines
+    weights = torch.softmax((cosines - nearest) / tau, dim=1)
     return weights * weights.shape[1] if scale == "mean" else weights
 
 
@@ -165,6 +166,8 @@ def rpo_loss(
         ValueError: If shapes do not fit, embeddings are missing, or an argument is out of its range.
     """
     _check_positive("beta", beta)
+    if math.isinf(beta):
+        raise ValueError("beta must be finite, got inf")
     _check_positive("tau", tau)
     _check_known("weighting", weighting, WEIGHTINGS)
     _check_known("weight_scale", weight_scale, SCALES)

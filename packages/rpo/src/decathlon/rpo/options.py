@@ -17,6 +17,8 @@ class EmbedConfig:
     """Folder for the data set, with a column prompt_embedding, which `train --dataset_name` takes."""
     dataset_config: str | None = None
     """Config of a data set of the hub that has several."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a data set of the hub; the newest if not given."""
     dataset_split: str = "train"
     """Split of a data set that has several."""
     prompt_style: Literal["chat", "raw"] = "chat"
@@ -47,6 +49,8 @@ class GenerationConfig:
     """Such as cpu or cuda:0; auto takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; auto takes that of the files."""
+    revision: str = "main"
+    """Branch, tag or commit of a model of the hub."""
 
 
 @dataclass
@@ -57,10 +61,14 @@ class EvaluateConfig(GenerationConfig):
     """The tuned model: a run of train, a folder of save_pretrained, or a hub id. Not needed with samples."""
     reference: str | None = None
     """The model before, for the implicit rewards; what the folder of the model says it was tuned from if not given."""
+    reference_revision: str = "main"
+    """Branch, tag or commit of a reference of the hub, where one is given."""
     dataset_name: str = "hh"
     """Test data: hh, tldr, hh:PATH, tldr:PATH, a file, a folder, or a hub id."""
     dataset_config: str | None = None
     """Config of a data set of the hub that has several."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a data set of the hub; the newest if not given."""
     dataset_split: str = "test"
     """Split of a data set that has several."""
     prompt_style: Literal["chat", "raw"] = "chat"
@@ -72,7 +80,9 @@ class EvaluateConfig(GenerationConfig):
     max_length: int = 512
     """Tokens of prompt and response, of a pair."""
     max_prompt_length: int | None = 256
-    """Tokens of a prompt that are kept, the last ones."""
+    """Where prompt and response exceed max_length, keep so many tokens of the prompt, as in training; null keeps all."""
+    prompt_truncation: Literal["keep_end", "keep_start"] | None = None
+    """Which tokens; by the data set if not given: the start of tldr's posts, else the end, as in the paper."""
     samples: str | None = None
     """JSON file of an earlier evaluation, to be judged in place of new responses."""
     judge: str | None = None
@@ -99,6 +109,8 @@ class AlpacaEvalConfig(GenerationConfig):
     """JSON file of instruction, output and generator, for the command alpaca_eval."""
     instructions: str | None = None
     """Local copy of alpaca_eval.json; fetched from the hub if not given."""
+    instructions_revision: str | None = None
+    """Branch, tag or commit to fetch them of; the newest if not given."""
     generator: str | None = None
     """Name of the model in the file; that of its folder if not given."""
     max_new_tokens: int = 512

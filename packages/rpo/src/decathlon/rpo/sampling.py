@@ -10,6 +10,28 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 
+class SpreadingSampler(Sampler[int]):
+    """Every example once, in a fixed order in which the rarer label is spread evenly: for evaluation.
+
+    Args:
+        labels: Whether each example is good, [n].
+    """
+
+    def __init__(self, labels: Sequence[bool] | Tensor) -> None:
+        good = torch.as_tensor(labels, dtype=torch.bool)
+        places = torch.empty(len(good), dtype=torch.float64)
+        for side in (good, ~good):
+            size = int(side.sum())
+            places[side] = (torch.arange(size, dtype=torch.float64) + 0.5) / max(size, 1)
+        self._order = torch.argsort(places, stable=True).tolist()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order)
+
+
 class InterleavingSampler(Sampler[int]):
     """Good and bad examples in turns, each kind in a new random order, so that half of any even batch is good.
 

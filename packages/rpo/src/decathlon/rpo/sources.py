@@ -22,7 +22,14 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 _RESPONSES = ("chosen", "rejected", "completion")
 
 
-def read_dataset(name: str, *, split: str = "train", config: str | None = None, prompt_style: str = "chat") -> Dataset:
+def read_dataset(
+    name: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    prompt_style: str = "chat",
+) -> Dataset:
     """A data set by name.
 
     Args:
@@ -32,15 +39,21 @@ def read_dataset(name: str, *, split: str = "train", config: str | None = None, 
             the id of such a data set on the hub.
         split: Of a data set that has several; a file is one of its own.
         config: Of a data set of the hub that has several.
+        revision: Branch, tag or commit of a data set of the hub; None takes the newest.
         prompt_style: Of hh and tldr: "chat", the paper's, or "raw", the text of the files.
 
     Raises:
-        UserError: If it cannot be found, with the ways to give it.
-        ValueError: If a file cannot be read.
+        UserError: If it cannot be found, with the ways to give it, or a file cannot be read.
+        ValueError: If a file of hh or tldr cannot be read.
     """
     paper, _, path = name.partition(":")
     if paper in PAPERS:
         load, hub_id = PAPERS[paper]
+        if revision is not None:
+            raise UserError(
+                f"dataset_revision is for data sets that are given by their id: `hf download {hub_id} --repo-type "
+                f"dataset --revision {revision}`, then give {paper}:PATH"
+            )
         try:
             return load(path or hub_id, split=split, prompt_style=prompt_style)
         except FileNotFoundError as error:
@@ -49,7 +62,7 @@ def read_dataset(name: str, *, split: str = "train", config: str | None = None, 
         f"data set {name!r}, split {split!r}",
         "give hh, tldr, a file (.jsonl, .parquet), a folder of save_to_disk, or an id of the hub",
     ):
-        return _read_any(name, split, config)
+        return _read_any(name, split, config, revision)
 
 
 def is_local(name: str) -> bool:
@@ -59,8 +72,9 @@ def is_local(name: str) -> bool:
     return local != "" and Path(local).exists()
 
 
-def _read_any(name: str, split: str, config: str | None) -> Dataset:
+def _read_any(name: str, split: str, config: str | None, revision: str | None) -> Dataset:
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(name)
     kind = FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
@@ -69,7 +83,10 @@ def _read_any(name: str, split: str, config: str | None) -> Dataset:
             raise FileNotFoundError(f"no such file: {path}")
         if kind is None:
             raise UserError(f"{path}: known are files in {', '.join(FORMATS)}, also with .gz")
-        return load_dataset(kind, data_files=str(path), split="train")
+        try:
+            return load_dataset(kind, data_files=str(path), split="train")
+        except DatasetGenerationError as error:
+            raise UserError(f"{path} cannot be read: {error.__cause__ or error}") from error
     if path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
         found = load_from_disk(str(path))
         if not isinstance(found, DatasetDict):
@@ -77,7 +94,7 @@ def _read_any(name: str, split: str, config: str | None) -> Dataset:
         if split not in found:
             raise UserError(f"{path} has no split {split!r}; it has {', '.join(found)}")
         return found[split]
-    return load_dataset(name, config, split=split)
+    return load_dataset(name, config, split=split, revision=revision)
 
 
 def cut_prompts(
@@ -85,7 +102,8 @@ def cut_prompts(
 ) -> Dataset:
     """Cut the prompts of those examples that are too long as a whole, as the official code does.
 
-    The text is cut at a token, so that the cut prompt is also what is embedded.
+    The text is cut at a token, so that the cut prompt is also what is embedded. Counted are also the end of the
+    response, which trl adds, and the special tokens that the tokenizer adds.
 
     Args:
         dataset: With the columns of trl's preference or KTO format, as text.
@@ -98,10 +116,11 @@ def cut_prompts(
         ValueError: If the prompts are no text, or the tokenizer cannot say where its tokens stand.
     """
     if not tokenizer.is_fast:
-        raise ValueError("max_prompt_length needs a fast tokenizer (tokenizer.json): leave it out, or convert yours")
+        raise ValueError("max_prompt_length needs a fast tokenizer (tokenizer.json): give none, or convert yours")
     columns = [name for name in _RESPONSES if name in dataset.column_names]
     if "prompt" not in dataset.column_names or not isinstance(dataset[0]["prompt"], str):
-        raise ValueError("max_prompt_length cuts prompts that are text, and these are messages or none: leave it out")
+        raise ValueError("max_prompt_length cuts prompts that are text, and these are messages or none: give none")
+    added = 1 + tokenizer.num_special_tokens_to_add()
 
     def cut(rows: dict[str, list[str]]) -> dict[str, list[str]]:
         prompts = tokenizer(rows["prompt"], add_special_tokens=False, return_offsets_mapping=True)
@@ -109,7 +128,7 @@ def cut_prompts(
         kept = []
         for text, spans, *tokens in zip(rows["prompt"], prompts["offset_mapping"], *responses, strict=True):
             longest = max(map(len, tokens))
-            if len(spans) + longest > max_length and len(spans) > max_prompt_length:
+            if len(spans) + longest + added > max_length and len(spans) > max_prompt_length:
                 text = (
                     text[spans[-max_prompt_length][0] :] if keep == "end" else text[: spans[max_prompt_length - 1][1]]
                 )
@@ -134,47 +153,68 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+def load_model(name: str, *, revision: str = "main", device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """A causal language model, in evaluation mode; adapters are merged into the model that they belong to.
 
     Raises:
-        UserError: If there is none, or no such device.
+        UserError: If there is none, its weights are no safetensors, or there is no such device.
     """
     from transformers import AutoModelForCausalLM
 
     place = _find_device(device)
-    with _said_plainly(f"model {name!r}", _MODEL_HINT):
-        if not (Path(name) / "adapter_config.json").is_file():
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(place).eval()
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
+    if not (Path(name) / "adapter_config.json").is_file():
+        with _said_plainly(f"model {name!r}", _MODEL_HINT):
+            _check_weights(name)
+            return AutoModelForCausalLM.from_pretrained(name, **options).to(place).eval()
+    try:
         from peft import AutoPeftModelForCausalLM
+    except ImportError as error:
+        raise UserError(f"{name} holds adapters, which need peft: pip install 'decathlon-rpo[peft]'") from error
+    with _said_plainly(f"model {name!r}, or the one that its adapters belong to,", _MODEL_HINT):
+        _check_weights(name)
+        return AutoPeftModelForCausalLM.from_pretrained(name, **options).merge_and_unload().to(place).eval()
 
-        adapted = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return adapted.merge_and_unload().to(place).eval()
 
-
-def check_model(name: str, revision: str | None = None) -> None:
+def check_model(name: str, revision: str = "main", *, use_safetensors: bool = True) -> None:
     """Look whether a model is there, before anything takes time.
 
     Raises:
-        UserError: If it is not.
+        UserError: If it is not, or if its weights are no safetensors though they should be.
     """
     from transformers import AutoConfig
 
     with _said_plainly(f"model {name!r}", _MODEL_HINT):
-        AutoConfig.from_pretrained(name, revision=revision or "main")
+        AutoConfig.from_pretrained(name, revision=revision)
+    if use_safetensors:
+        _check_weights(name)
 
 
-def base_of(name: str) -> str | None:
-    """The model that a folder's model was tuned from: its reference. None if the folder does not say."""
+def _check_weights(name: str) -> None:
+    """Refuse a folder without safetensors; of the hub, transformers says it."""
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
+        raise UserError(
+            f"{name} has no weights as *.safetensors, and other files are not read, as they can hold code: write them "
+            "with save_pretrained of today's transformers (or trust them, in `train`: --model_init_kwargs "
+            "'{\"use_safetensors\": false}')"
+        )
+
+
+def base_of(name: str) -> tuple[str, str] | None:
+    """The model that a folder's model was tuned from, its reference, and the revision; None if it does not say."""
     import yaml
 
     folder = Path(name)
     with_adapters, run = folder / "adapter_config.json", folder / "config.yaml"
     if with_adapters.is_file():
-        return json.loads(with_adapters.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if run.is_file():
-        return (yaml.safe_load(run.read_text(encoding="utf-8")) or {}).get("model_name_or_path")
-    return None
+        said = json.loads(with_adapters.read_text(encoding="utf-8"))
+        base, revision = said.get("base_model_name_or_path"), said.get("revision")
+    elif run.is_file():
+        said = yaml.safe_load(run.read_text(encoding="utf-8")) or {}
+        base, revision = said.get("model_name_or_path"), said.get("model_revision")
+    else:
+        return None
+    return None if base is None else (base, revision or "main")
 
 
 def _find_device(name: str) -> Any:
@@ -188,7 +228,25 @@ def _find_device(name: str) -> Any:
         raise UserError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
 
 
-_MODEL_HINT = "give --model_name_or_path a folder with config.json, the weights and the tokenizer, or an id of the hub"
+_MODEL_HINT = "give --model_name_or_path a folder with config.json, the weights (safetensors) and the tokenizer, or an id of the hub"
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What is refused while options and data are read and models are made is the user's to mend: one line says it.
+
+    Training and sampling stay outside: what goes wrong there is a bug, and keeps its traceback.
+
+    Raises:
+        UserError: In place of what is refused.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, NotImplementedError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(" ".join(str(text).split())) from error
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from decathlon.rpo.contrasting import (
     column_names,
     config_of,
     copy_fields,
-    with_prompts,
 )
 from decathlon.rpo.encoders import PromptEncoder
 from decathlon.rpo.objectives import RPOLossOutput, contrast_metrics
@@ -26,6 +25,8 @@ from decathlon.rpo.objectives import RPOLossOutput, contrast_metrics
 
 class RPOTrainer(ContrastingTrainer, DPOTrainer):
     """Trains a language model by Relative Preference Optimization (arXiv 2402.10958) on pairs of responses.
+
+    Other methods share the name: see `RPOConfig`.
 
     A drop-in for `trl.DPOTrainer`: what that takes and can do, this does: peft, precomputed log-probabilities of the
     reference, synchronised references, accelerate's, DeepSpeed's and FSDP's settings, evaluation, resumption. Every
@@ -117,7 +118,7 @@ class RPOTrainer(ContrastingTrainer, DPOTrainer):
             raise ValueError(
                 f"the {dataset_name} data prefer nothing: chosen equals rejected in all {len(dataset)} rows"
             )
-        return with_prompts(dataset, columns)
+        return dataset
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs, embeddings = self._without_embeddings(inputs)
@@ -153,4 +154,7 @@ class RPOTrainer(ContrastingTrainer, DPOTrainer):
         return (log_probs * counts).sum(dim=1)
 
     def _metrics_of(self, output: RPOLossOutput) -> dict[str, Tensor]:
-        return contrast_metrics(output.logits, output.weights, self.beta, paired=True)
+        metrics = contrast_metrics(output.logits, output.weights, self.beta, paired=True)
+        if self.args.weighting == "diagonal":  # its weights stand outside of the sigmoid
+            metrics["effective_beta"] = torch.full_like(output.loss.detach(), self.beta)
+        return metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from decathlon.rpo import smoke
 from decathlon.rpo.arguments import ParsedTrain
+from decathlon.rpo.collators import EMBEDDING
 from decathlon.rpo.config import UnpairedRPOConfig
-from decathlon.rpo.sources import check_model, cut_prompts, is_local, load_tokenizer, read_dataset
+from decathlon.rpo.sources import check_model, cut_prompts, is_local, load_tokenizer, read_dataset, user_errors
 from decathlon.rpo.trainer import RPOTrainer
 from decathlon.rpo.unpaired_trainer import UnpairedRPOTrainer
 from decathlon.shared.errors import UserError
@@ -38,9 +40,9 @@ def train(parsed: ParsedTrain) -> Any:
         The trainer.
 
     Raises:
-        UserError: If something is missing, or the folder holds another run.
+        UserError: If something is missing, the folder holds another run, or the trainer refuses settings or data.
         KeyboardInterrupt: After Ctrl-C or SIGTERM, when a checkpoint has been saved.
-        ValueError, TypeError, KeyError, NotImplementedError, ImportError, OSError: As the trainers.
+        OSError: As the readers.
     """
     training = parsed.training
     folder, first = Path(training.output_dir or ""), training.process_index == 0
@@ -54,7 +56,8 @@ def train(parsed: ParsedTrain) -> Any:
         occupied = any(not path.name.startswith(".") for path in folder.iterdir()) if first else False
         if occupied:
             RunDirectory(folder, parsed.given, resume=parsed.arguments.resume)
-        trainer = _trainer(parsed, folder)
+        with user_errors():
+            trainer = _trainer(parsed, folder)
         if first and not occupied:  # not before everything is found: what could not begin is not in the way
             RunDirectory(folder, parsed.given)
         newest = newest_checkpoint(folder) if parsed.arguments.resume else None
@@ -95,22 +98,23 @@ def summary(trainer: Any) -> str:
 def _trainer(parsed: ParsedTrain, folder: Path) -> Any:
     arguments, training, model = parsed.arguments, parsed.training, parsed.model
     name = model.model_name_or_path or ""
+    kwargs: Any = training.model_init_kwargs or {}
+    training.model_init_kwargs = kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        "use_safetensors": True,  # other files can hold code
+        **kwargs,
+    }
     with training.main_process_first(desc="model and data"):
         if arguments.smoke:
             stand_in = folder / _STAND_IN
             name = str(stand_in) if stand_in.is_dir() else smoke.write_model(name, stand_in)
-        check_model(name, model.model_revision)
+        check_model(name, model.model_revision, use_safetensors=kwargs["use_safetensors"] is True)
         tokenizer = load_tokenizer(name, revision=model.model_revision, trust_remote_code=training.trust_remote_code)
         data = _read(parsed, arguments.dataset_train_split, tokenizer)
         evaluates = training.eval_strategy != "no"
         test = _read(parsed, arguments.dataset_test_split, tokenizer) if evaluates else None
-    own: Any = training.model_init_kwargs or {}
-    training.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **own,
-    }
     kind: Any = UnpairedRPOTrainer if isinstance(training, UnpairedRPOConfig) else RPOTrainer
     return kind(
         model=name,
@@ -130,10 +134,22 @@ def _read(parsed: ParsedTrain, split: str, tokenizer: PreTrainedTokenizerBase) -
     if arguments.smoke and not is_local(name):
         data = smoke.make_dataset()
     else:
-        data = read_dataset(name, split=split, config=arguments.dataset_config, prompt_style=arguments.prompt_style)
+        data = read_dataset(
+            name,
+            split=split,
+            config=arguments.dataset_config,
+            revision=arguments.dataset_revision,
+            prompt_style=arguments.prompt_style,
+        )
         data = data.select(range(min(smoke.ROWS, len(data)))) if arguments.smoke else data
     if arguments.max_prompt_length is None or training.max_length is None:
         return data
+    if EMBEDDING in data.column_names and training.weighting == "embedding":
+        warnings.warn(
+            f"max_prompt_length cuts prompts whose {EMBEDDING} is there already, so that it is of the whole prompts: "
+            f"leave the column out to embed what is trained on",
+            stacklevel=2,
+        )
     return cut_prompts(
         data,
         tokenizer,

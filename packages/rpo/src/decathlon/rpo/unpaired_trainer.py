@@ -20,17 +20,18 @@ from decathlon.rpo.contrasting import (
     column_names,
     config_of,
     copy_fields,
-    with_prompts,
 )
 from decathlon.rpo.encoders import PromptEncoder
 from decathlon.rpo.objectives import RPOLossOutput, contrast_metrics
-from decathlon.rpo.sampling import InterleavingSampler
+from decathlon.rpo.sampling import InterleavingSampler, SpreadingSampler
 
 logger = logging.getLogger(__name__)
 
 
 class UnpairedRPOTrainer(ContrastingTrainer, KTOTrainer):
     """Trains a language model by Relative Preference Optimization (arXiv 2402.10958) on good and bad responses.
+
+    Other methods share the name: see `RPOConfig`.
 
     A drop-in for `trl.KTOTrainer`. The responses need not be of the same prompts, nor as many good as bad; every good
     one of a device's batch is contrasted with every bad one, so `per_device_train_batch_size` is a setting of the
@@ -86,7 +87,10 @@ class UnpairedRPOTrainer(ContrastingTrainer, KTOTrainer):
                 "per_device_train_batch_size is 1: one response has none to be contrasted with, and gradient "
                 "accumulation adds none. Give at least 2, or set gather_contrasts on several devices"
             )
+        if eval_dataset is not None and args.per_device_eval_batch_size == 1 and not args.gather_contrasts:
+            raise ValueError("per_device_eval_batch_size is 1: one response has none to be contrasted with, give 2")
         self._warned_of_one_label = False
+        self._balance = args.balance
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -107,11 +111,29 @@ class UnpairedRPOTrainer(ContrastingTrainer, KTOTrainer):
     def _checked(self, dataset: Any, dataset_name: str) -> Any:
         columns = column_names(dataset)
         if {"chosen", "rejected"} <= set(columns):
+            if not hasattr(dataset, "__len__"):
+                raise ValueError(
+                    f"the {dataset_name} data are streamed pairs, of which trl shows all good responses of a thousand "
+                    "before the bad ones: take RPOTrainer, or a data set that is not streamed"
+                )
             logger.info("the %s data are pairs: trl takes them apart", dataset_name)
-            return with_prompts(dataset, columns)
+            return dataset
         if missing := {"prompt", "completion", "label"} - set(columns):
             raise ValueError(f"the {dataset_name} data have no {', '.join(sorted(missing))}: columns {columns}")
+        if dataset_name == "train" and self._balance != "none" and not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"balance {self._balance!r} cannot be had of streamed data: mix good and bad responses in the stream, "
+                "and set balance='none'"
+            )
         return _with_boolean_labels(dataset, dataset_name)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        logger_of_trl = logging.getLogger("trl.trainer.kto_trainer")
+        logger_of_trl.addFilter(_no_advice)
+        try:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        finally:
+            logger_of_trl.removeFilter(_no_advice)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -119,6 +141,11 @@ class UnpairedRPOTrainer(ContrastingTrainer, KTOTrainer):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return InterleavingSampler(dataset["label"][:], balance=self.args.balance, seed=seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if not hasattr(eval_dataset, "__len__"):
+            return super()._get_eval_sampler(eval_dataset)
+        return SpreadingSampler(eval_dataset["label"][:])
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs, embeddings = self._without_embeddings(inputs)
@@ -132,11 +159,14 @@ class UnpairedRPOTrainer(ContrastingTrainer, KTOTrainer):
         width = inputs["input_ids"].shape[1] - 1  # virtual tokens of prompt learning stand before
         logratios = recorder.output.log_probs[:, -width:].sum(dim=1) - inputs["ref_logps"]
         logratios, label = self._gathered(logratios), self._gathered(inputs["label"]).bool()
-        good = bad = None
-        if embeddings is not None:
-            embeddings = self._gathered(embeddings)
-            good, bad = embeddings[label], embeddings[~label]
-        loss = self._contrast(logratios[label], logratios[~label], good, bad)
+        good, bad = label.nonzero().flatten(), (~label).nonzero().flatten()
+        embeddings = None if embeddings is None else self._gathered(embeddings)
+        loss = self._contrast(
+            logratios[good],
+            logratios[bad],
+            None if embeddings is None else embeddings[good],
+            None if embeddings is None else embeddings[bad],
+        )
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * recorder.output.aux_loss
         return (loss, result[1]) if return_outputs else loss
@@ -147,7 +177,7 @@ class UnpairedRPOTrainer(ContrastingTrainer, KTOTrainer):
         if skipped and not self._warned_of_one_label:
             self._warned_of_one_label = True
             warnings.warn(
-                "a batch holds responses of one label only, so its loss is 0 (rpo/skipped counts such batches): raise "
+                "a batch holds responses of one label only, so its loss is 0 (rpo/skipped is the share of such batches): raise "
                 "per_device_train_batch_size, or leave balance at cycle",
                 stacklevel=2,
             )
@@ -168,3 +198,8 @@ def _with_boolean_labels(dataset: Any, dataset_name: str) -> Any:
     if len(labels) < 2 and dataset_name == "train":
         raise ValueError(f"all labels of the train data are {bool(labels[0])}: RPO contrasts good responses with bad")
     return dataset.cast_column("label", Value("bool"))
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    """Leave out what trl advises for KTO's weights of unlike numbers of labels: they are not RPO's."""
+    return "desirable_weight" not in record.getMessage()

@@ -12,6 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+from tqdm import tqdm
+
 from decathlon.shared.errors import UserError
 
 Run = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[Any]]
@@ -36,7 +38,7 @@ def workers(jobs: int) -> Iterator[Run]:
         yield lambda work, tasks: (work(*task) for task in tasks)
         return
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _enter)
 
     def run(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         with _signals_blocked():  # processes are started here and inherit that: signals are for this one alone
@@ -57,7 +59,9 @@ def workers(jobs: int) -> Iterator[Run]:
         pool.shutdown()
 
 
-def _end_with_parent() -> None:
+def _enter() -> None:
+    """What a process does before its first task: it ends with its parent, and leaves no semaphore if it is killed."""
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared among processes, though no bar is shown here
     parent = multiprocessing.parent_process()
     assert parent is not None
 
