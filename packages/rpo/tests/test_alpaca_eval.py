@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from decathlon.rpo import generate_alpaca_eval
@@ -67,13 +69,6 @@ def test_nucleus_of_almost_nothing_is_the_most_likely(
     assert generate_responses(model, tokenizer, PROMPTS, max_new_tokens=6, top_p=1e-6) == likely
 
 
-def test_the_end_of_a_long_prompt_is_kept(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0}
-    long = "sea hill " * 4 + PROMPTS[0]
-    cut = generate_responses(model, tokenizer, [long], max_prompt_length=4, **options)
-    assert cut == generate_responses(model, tokenizer, [PROMPTS[0]], **options)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"batch_size": 0}, "batch_size"), ({"max_new_tokens": 0}, "max_new"), ({"temperature": -1.0}, "temperature")],
@@ -112,6 +107,34 @@ def test_a_chat_template_is_used(
     assert [row["output"] for row in json.loads(output.read_text())] == [expected[0].strip()]
 
 
+@pytest.mark.parametrize("template", ["<s> about {{ messages[0]['content'] }} :", None])
+def test_a_prompt_begins_once(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str | None,
+) -> None:
+    """The tokenizer begins texts with <unk> here; a template that writes that itself gets no second one."""
+    beginning = copy.deepcopy(tokenizer)
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", tokenizer.unk_token_id)]
+    )
+    beginning.chat_template = template and template.replace("<s>", "<unk>")
+    asked: list[list[int]] = []
+    generate = model.generate
+
+    def recording(**inputs: Any) -> Any:
+        asked.extend(inputs["input_ids"].tolist())
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", recording)
+    generate_alpaca_eval(model, beginning, output=tmp_path / "a.json", instructions=["sea"], max_new_tokens=2)
+    (tokens,) = asked
+    assert tokens[0] == tokenizer.unk_token_id
+    assert len(tokens) == (4 if template else 1 + len(tokenizer("\n<|user|>\nsea\n<|assistant|>\n")["input_ids"]))
+
+
 def test_nothing_is_written_of_a_model_that_fails(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -126,6 +149,20 @@ def test_bad_files(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match="is not a JSON list of objects with an instruction"):
         read_instructions(path)
+
+
+def test_the_revision_is_that_of_the_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "alpaca_eval.json"
+    file.write_text('[{"instruction": "Why?"}]')
+    asked: list[Any] = []
+
+    def fetch(*names: str, **options: Any) -> str:
+        asked.append((names, options))
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    assert read_instructions(revision="abc") == ["Why?"]
+    assert asked == [(("tatsu-lab/alpaca_eval", "alpaca_eval.json"), {"repo_type": "dataset", "revision": "abc"})]
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -110,6 +110,11 @@ class TestNotMeasured:
         assert claims[0].measured == "RPO paired got to KL 1.50 only: give it a lower beta"
         assert [claim.verdict for claim in claims].count("not measured") == 7
 
+    def test_a_method_without_a_point_near_the_reference(self) -> None:
+        cells = made_up(level(), reach=17.0)
+        claims = judge(RECIPE, cells)
+        assert claims[0].measured == "RPO paired began at KL 1.06 only: give it a higher beta"
+
     def test_one_missing_seed(self) -> None:
         cells = made_up(level())
         del cells[Cell(WORLD, "kto", 0.3, 1)]

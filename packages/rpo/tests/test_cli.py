@@ -20,12 +20,15 @@ import torch
 import yaml
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from decathlon.rpo import RPOConfig, RPOTrainer, assessment
 from decathlon.rpo.assessment import read_samples, score_pairs
 from decathlon.rpo.cli import main
-from decathlon.rpo.sources import base_of, cut_prompts, load_model, load_tokenizer, read_dataset
+from decathlon.rpo.sources import base_of, check_model, cut_prompts, load_model, load_tokenizer, read_dataset
 from decathlon.rpo.training import newest_checkpoint
+from decathlon.shared.errors import UserError
 
 STEPS = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
 TRAIN = ["train", "--model_name_or_path", "model", "--dataset_name", "pairs.jsonl", "--encoder", "hashing", "--use_cpu"]
@@ -83,7 +86,7 @@ def test_train_on_feedback_without_pairs() -> None:
 def test_adapters() -> None:
     assert main([*TRAIN, "--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--output_dir", "run"]) == 0
     assert json.loads(Path("run/adapter_config.json").read_text())["r"] == 16
-    assert base_of("run") == "model" and base_of("model") is None
+    assert base_of("run") == ("model", "main") and base_of("model") is None
     merged, base = load_model("run", device="cpu"), load_model("model", device="cpu")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(merged.get_parameter(name), base.get_parameter(name))
@@ -218,16 +221,84 @@ def test_sources(pairs: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
 def test_long_prompts_are_cut_where_the_whole_is_too_long(model_folder: Path) -> None:
     tokenizer = load_tokenizer(str(model_folder))
     long = "sea hill music bread about sea :"
+    # 7 tokens and 3 or 1, and the end that trl adds
     data = Dataset.from_dict(
         {"prompt": [long, long, "about sea :"], "chosen": [" yes no yes", " yes", " yes"], "rejected": [" no"] * 3}
     )
-    kept = cut_prompts(data, tokenizer, max_prompt_length=3, max_length=8, keep="end")
+    kept = cut_prompts(data, tokenizer, max_prompt_length=3, max_length=9, keep="end")
     assert kept["prompt"][:] == ["about sea :", long, "about sea :"]
-    kept = cut_prompts(data, tokenizer, max_prompt_length=3, max_length=8, keep="start")
+    kept = cut_prompts(data, tokenizer, max_prompt_length=3, max_length=9, keep="start")
     assert kept["prompt"][:] == ["sea hill music", long, "about sea :"]
+    kept = cut_prompts(data, tokenizer, max_prompt_length=3, max_length=8, keep="end")
+    assert kept["prompt"][:] == ["about sea :"] * 3, "8 tokens and the end are 9"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
+    kept = cut_prompts(data, tokenizer, max_prompt_length=3, max_length=9, keep="end")
+    assert kept["prompt"][:] == ["about sea :"] * 3, "and the beginning makes 10"
     messages = Dataset.from_dict({"prompt": [[{"role": "user", "content": "sea"}]], "chosen": ["a"], "rejected": ["b"]})
     with pytest.raises(ValueError, match="these are messages or none"):
         cut_prompts(messages, tokenizer, max_prompt_length=3, max_length=8, keep="end")
+
+
+def test_embeddings_of_prompts_that_are_cut_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["embed", "pairs.jsonl", "embedded", "--encoder", "hashing"]) == 0
+    command = [*[word.replace("pairs.jsonl", "embedded") for word in TRAIN], "--max_steps", "1"]
+    capsys.readouterr()
+    assert main([*command, "--max_prompt_length", "3", "--output_dir", "one"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "prompt_embedding" in line]
+    assert len(lines) == 1 and lines[0].startswith("warning: max_prompt_length cuts prompts whose prompt_embedding")
+    assert main([*command, "--output_dir", "two"]) == 0
+    assert "prompt_embedding" not in capsys.readouterr().err
+
+
+def test_revisions_go_where_things_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def fetch(name: str, *_: Any, **options: Any) -> Any:
+        asked.append((name, options["revision"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", fetch)
+    for kind in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"transformers.{kind}.from_pretrained", fetch)
+    for call in (
+        lambda: read_dataset("a/data", revision="v1"),
+        lambda: check_model("a/model", "v2"),
+        lambda: load_tokenizer("a/model", revision="v3"),
+        lambda: load_model("a/model", revision="v4", device="cpu"),
+    ):
+        with pytest.raises(UserError, match="no network"):
+            call()
+    assert asked == [("a/data", "v1"), ("a/model", "v2"), ("a/model", "v3"), ("a/model", "v4")]
+    with pytest.raises(
+        UserError, match="hf download Anthropic/hh-rlhf --repo-type dataset --revision v1`, then give hh:"
+    ):
+        read_dataset("hh", revision="v1")
+
+
+def test_the_revision_of_a_run_is_that_of_its_reference() -> None:
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("model_name_or_path: a/model\nmodel_revision: abc\n")
+    assert base_of("run") == ("a/model", "abc")
+    Path("run/adapter_config.json").write_text('{"base_model_name_or_path": "b/model", "revision": null}')
+    assert base_of("run") == ("b/model", "main")
+
+
+def test_other_weights_than_safetensors_are_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(weights("model"), "model/pytorch_model.bin")
+    Path("model/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model has no weights as \*\.safetensors"):
+        load_model("model", device="cpu")
+    assert main([*TRAIN, "--output_dir", "run"]) == 2
+    assert "model has no weights as *.safetensors" in capsys.readouterr().err
+    trusting = ["--model_init_kwargs", '{"use_safetensors": false}', "--max_steps", "1"]
+    assert main([*TRAIN, *trusting, "--output_dir", "run"]) == 0
+
+
+def test_adapters_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("model/adapter_config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"^model holds adapters, which need peft: pip install 'decathlon-rpo\[peft\]'"):
+        load_model("model", device="cpu")
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -310,6 +381,62 @@ def test_scores_are_those_of_the_equations(model_folder: Path, pairs: Dataset, t
         assert scores.rejected_logratios[number] == pytest.approx(gain, abs=1e-3)
 
 
+def test_several_gpus_are_no_hindrance(model_folder: Path, pairs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """trl refuses them where no launcher has started the process."""
+
+    def of_two(*args: Any, **options: Any) -> RPOConfig:
+        settings = RPOConfig(*args, **options)
+        assert settings.n_gpu < 2
+        settings._n_gpu = 2
+        return settings
+
+    monkeypatch.setattr(assessment, "RPOConfig", of_two)
+    name = str(model_folder)
+    policy, reference = load_model(name, device="cpu"), load_model(name, device="cpu")
+    assert len(score_pairs(policy, reference, load_tokenizer(name), pairs).rows) == len(pairs)
+
+
+def test_evaluation_prepares_prompts_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut where the whole is too long, from the side that is asked for; what still does not fit is in no figure."""
+    filler = "sea hill music bread "
+    long = {"prompt": f"{filler}about sea :", "chosen": " yes yes yes", "rejected": " no no"}
+    short = {"prompt": f"{filler}about sea :", "chosen": " yes", "rejected": " no no"}
+    # uncut it fills max_length, so that no model scores it: then the rule of lengths must not count it either
+    endless = {"prompt": (filler * 3).strip(), "chosen": " yes yes yes", "rejected": " no"}
+    Dataset.from_list([long, short, endless]).to_json("long.jsonl")
+    given: dict[str, list[str]] = {"sampled": [], "scored": []}
+
+    def sampled(policy: Any, tokenizer: Any, prompts: list[str], **_: Any) -> list[str]:
+        given["sampled"] = sorted(prompts)
+        return prompts
+
+    def scored(policy: Any, reference: Any, tokenizer: Any, pairs: Dataset, **options: Any) -> Any:
+        given["scored"] = sorted(pairs["prompt"][:])
+        return score_pairs(policy, reference, tokenizer, pairs, **options)
+
+    monkeypatch.setattr(assessment, "generate_responses", sampled)
+    monkeypatch.setattr(assessment, "score_pairs", scored)
+    evaluate = ["evaluate", "model", "--reference", "model", "--dataset_name", "long.jsonl", "--device", "cpu"]
+    evaluate += ["--max_length", "10", "--results", "results.json"]
+    for more, expected in {
+        (): ["about sea :", "hill music bread", long["prompt"]],
+        ("--prompt_truncation", "keep_start"): ["sea hill music", "sea hill music", long["prompt"]],
+        ("--max_prompt_length", "null"): [long["prompt"], long["prompt"], endless["prompt"]],
+    }.items():
+        assert main([*evaluate, *(more if "null" in more else ("--max_prompt_length", "3", *more))]) == 0
+        assert given["sampled"] == given["scored"] == sorted(expected), more
+    results = json.loads(Path("results.json").read_text())
+    assert {row["of"] for row in results.values()} == {2}
+    # longer chosen: wrong; shorter chosen: right; the endless one does not count
+    assert results["pairs by shorter response"]["value"] == 0.5
+
+
+def test_no_pair_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "model", "--reference", "model", "--dataset_name", "pairs.jsonl", "--device", "cpu"]
+    assert main([*command, "--num_prompts", "0", "--max_length", "2", "--max_prompt_length", "null"]) == 2
+    assert "no pair can be scored: every prompt fills max_length (2)" in capsys.readouterr().err
+
+
 def test_evaluate_feedback_without_a_reference(capsys: pytest.CaptureFixture[str]) -> None:
     evaluate = ["evaluate", "model", "--device", "cpu", "--max_new_tokens", "3", "--num_prompts", "4"]
     assert main([*evaluate, "--dataset_name", "feedback.jsonl"]) == 0
@@ -367,6 +494,8 @@ def without(words: list[str], *flags: str) -> list[str]:
         (["evaluate", "model", "--judge", "gpt-4"], "judge must be a URL"),
         (["evaluate", "--samples", "pairs.jsonl"], "give --judge URL"),
         (["evaluate", "model", "--num_prompts", "many"], "num_prompts"),
+        (["evaluate", "model", "--dataset_name", "pairs.jsonl", "--batch_size", "0"], "batch_size must be at least 1"),
+        ([*TRAIN, "--dataset_name", "hh", "--dataset_revision", "v1"], "then give hh:PATH"),
         (["evaluate", "model", "--dataset_name", "pairs.jsonl", "--device", "tpu"], "device 'tpu' is not to be had"),
         (["embed", "absent.jsonl", "out"], "no such file: absent.jsonl"),
         (["embed", "pairs.jsonl"], "output"),
@@ -420,6 +549,33 @@ def test_nothing_of_others_is_overwritten(capsys: pytest.CaptureFixture[str]) ->
     assert main([*TRAIN, "--output_dir", "mine"]) == 2
     assert "mine is not empty and holds no run" in capsys.readouterr().err
     assert [path.name for path in Path("mine").iterdir() if not path.name.startswith(".")] == ["thesis.txt"]
+
+
+def test_files_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b"\n{')
+    assert main([*TRAIN, "--output_dir", "run"]) == 2
+    assert "error: pairs.jsonl cannot be read: " in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of training, sampling and scoring: no mistake of the user's is told there."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(RPOTrainer, "training_step", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main([*TRAIN, "--output_dir", "run"])
+    evaluate = ["evaluate", "model", "--reference", "model", "--dataset_name", "pairs.jsonl", "--device", "cpu"]
+    monkeypatch.setattr(RPOTrainer, "compute_ref_log_probs", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main([*evaluate, "--num_prompts", "0"])
+    monkeypatch.setattr(LlamaForCausalLM, "generate", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main([*evaluate, "--num_pairs", "0"])
+    Path("alpaca_eval.json").write_text('[{"instruction": "Why?"}]')
+    with pytest.raises(ValueError, match="a bug"):
+        main(["alpaca-eval", "model", "out.json", "--instructions", "alpaca_eval.json", "--device", "cpu"])
 
 
 # ------------------------------------------------------------------------------------------------------------- help

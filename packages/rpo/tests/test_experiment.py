@@ -20,7 +20,7 @@ import yaml
 
 from decathlon.rpo import cells as cells_module
 from decathlon.rpo.cells import run_and_store
-from decathlon.rpo.experiment import encoder_label, run
+from decathlon.rpo.experiment import encoder_label, make_records, run
 from decathlon.rpo.protocol import (
     DATA_VARIABLE,
     HH,
@@ -171,7 +171,7 @@ class TestRun:
         assert out == f"HH harmless is skipped: set DECATHLON_DATA to a folder with {HH_FILE}\n"
         assert all(line.startswith("10 cells:") for line in err.splitlines()), "the libraries say nothing"
         text = (tmp_path / "run/results.md").read_text()
-        for words in ("### tiny/frontier", "### tiny/same KL", "DPO, 0.3", "RPO unpaired", "z = 1.65", "hashing"):
+        for words in ("### tiny/frontier", "DPO, 0.3", "RPO unpaired", "z = 1.65", "hashing"):
             assert words in text
         assert outcome.claims == read_claims(tmp_path / "run/claims.jsonl")
         assert outcome.records == read_records(tmp_path / "run/records.jsonl")
@@ -225,6 +225,32 @@ class TestRun:
         assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
         run(TINY, tmp_path / "whole", jobs=1)
         assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+
+
+def test_records_at_the_same_kl() -> None:
+    recipe = replace(ONE, seeds=[0, 1], methods={"dpo": [0.1, 0.3], "kto": [0.1, 0.3]}, matched_kl=[1.0, 3.0, 9.0])
+    results: dict[Cell, Any] = {}
+    for method, kls in {"dpo": (4.0, 1.0), "kto": (4.0, 2.0)}.items():
+        for seed in recipe.seeds:
+            for beta, kl in zip((0.0, 0.1, 0.3), (0.0, *kls), strict=True):
+                cell = Cell(WORLD, method if beta else SFT, beta, seed)
+                prompts = {"gold": [float(np.sqrt(kl))] * 4, "kl": [kl] * 4}
+                results[cell] = {"metrics": {"gold": np.sqrt(kl), "kl": kl}, "prompts": prompts, "seconds": 2.0}
+    records = make_records(recipe, results)
+    compared = {(r.method, r.metric): r for r in records if r.experiment == "tiny/same KL"}
+    assert list(compared) == [("DPO", "gold at KL 1"), ("DPO", "gold at KL 3"), ("KTO", "gold at KL 3")]
+    record = compared["DPO", "gold at KL 3"]
+    assert (record.value, record.low, record.high) == pytest.approx((np.sqrt(3),) * 3) and record.seeds == 2
+    frontier = [record for record in records if record.experiment == "tiny/frontier"]
+    assert {record.method for record in frontier} == {
+        "SFT (the reference)",
+        "DPO, 0.1",
+        "DPO, 0.3",
+        "KTO, 0.1",
+        "KTO, 0.3",
+    }
+    assert {record.seconds for record in frontier} == {4.0}
+    assert {record.higher_is_better for record in frontier if record.metric == "kl"} == {None}
 
 
 class TestHH:

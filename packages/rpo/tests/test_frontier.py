@@ -59,7 +59,8 @@ class TestResampling:
         found = interval(matched(frontier, [1.0], resamples(3, 50)))
         assert found == pytest.approx((1.0, 0.0, 2.0))
 
-    def test_reach_is_what_the_last_seed_got_to(self) -> None:
+    def test_the_span_is_where_every_seed_has_points(self) -> None:
         frontier = straight(1.0)
         frontier.kl[1, -1] = 3.0
-        assert frontier.reach == 3.0
+        frontier.kl[2, 1] = 0.5
+        assert frontier.span == (0.5, 3.0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -187,6 +189,25 @@ def test_bad_urls(url: str) -> None:
         Judge(url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:hunter2@host/v1",
+        "me:hunter2@host/v1",
+        "ftp://me:hunter2@host",
+        "https://host/v1?key=hunter2",
+        "https://host/v1#hunter2",
+        "https://[host",
+        "https://host:port/v1",
+        "https://host/a b",
+    ],
+)
+def test_urls_with_secrets_are_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(UserError, match="judge must be a URL") as caught:
+        Judge(url)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_bad_task() -> None:
     with pytest.raises(UserError, match="task must be one of dialogue, summary"):
         Judge("http://localhost/v1", task="poem")
@@ -196,3 +217,51 @@ def test_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "k")
     monkeypatch.setenv("EMPTY_KEY", "")
     assert key_from_environment("MY_KEY") == "k" and key_from_environment("EMPTY_KEY") is None
+
+
+def test_a_line_end_after_the_key_is_not_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", " sk-secret-1\r\n")
+    Judge(server.url, api_key=key_from_environment("MY_KEY")).compare("p", "x", "y")
+    Judge(server.url, api_key="sk-secret-1\n").compare("p", "x", "y")
+    assert [headers["Authorization"] for _, headers, _ in server.requests] == ["Bearer sk-secret-1"] * 2
+
+
+@pytest.mark.parametrize(
+    "key", ["sk-secret\nHost: x", "sk-secret\x00", "sk-secret\x7f", "sk-secret-ä", "sk-secret\u2028x"]
+)
+def test_keys_that_cannot_be_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", {"MY_KEY": key})
+    with pytest.raises(UserError, match=r"^MY_KEY holds characters") as caught:
+        key_from_environment("MY_KEY")
+    with pytest.raises(UserError, match=r"^api_key holds characters") as direct:
+        Judge("http://localhost/v1", api_key=key)
+    assert "secret" not in f"{caught.value}{direct.value}"
+
+
+@pytest.mark.parametrize("status", [401, 429, 200])
+@pytest.mark.parametrize("key", ["sk-secret-1", 'sk-"secret"/\\1'])
+def test_a_server_that_repeats_the_key(server: Server, status: int, key: str) -> None:
+    """Also where the message is cut in the midst of it."""
+    for before in ("", "x" * 193):
+        server.answer = lambda _, before=before: (
+            status,
+            before + f"unknown {key} and {json.dumps(key)}, {quote(key, '')}",
+        )
+        with pytest.raises((UserError, ConnectionError), match=r"\*\*\*" if not before else "xxx") as caught:
+            Judge(server.url, api_key=f"{key}\n", retries=0).compare("p", "x", "y")
+        assert "sk-" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_what_is_no_http_is_one_line() -> None:
+    """A port on which something else answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ConnectionError, match="gives no answer: SSH"):
+            Judge(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", retries=0, timeout=10).compare("p", "x", "y")

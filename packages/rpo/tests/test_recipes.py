@@ -80,6 +80,28 @@ def test_the_lora_recipe_is_the_same_method_on_one_gpu() -> None:
     assert t.per_device_train_batch_size == full.training.per_device_train_batch_size, "the same number of contrasts"
 
 
+def test_the_lora_recipe_says_how_to_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
+    """Its command makes of adapters the model that the recipe begins with."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = re.sub(r"\\\n# +", "", LORA.read_text())
+    (code,) = re.findall(r'python -c "(.*?)"\n', text)
+    monkeypatch.chdir(tmp_path)
+    source, target = Path("runs/rpo/sft-lora-mistral-7b-hh"), read(LORA).model.model_name_or_path
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    adapted.save_pretrained(source)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(source)
+    exec(code, {})
+    merged, before = (AutoModelForCausalLM.from_pretrained(name) for name in (target, model_folder))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not merged.get_parameter(name).equal(before.get_parameter(name))
+    assert merged.get_parameter(name).equal(adapted.merge_and_unload().get_parameter(name))
+    assert len(AutoTokenizer.from_pretrained(target)) == len(AutoTokenizer.from_pretrained(model_folder))
+
+
 def test_accelerate_takes_the_settings() -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from decathlon.rpo.config import RPOConfig
-from decathlon.rpo.evaluate import bootstrap_interval, preference_accuracy, win_rates, wilson_interval
+from decathlon.rpo.evaluate import bootstrap_interval, preference_accuracy, wilson_interval, win_rates
 from decathlon.rpo.generation import generate_responses
 from decathlon.rpo.judge import Judge, Sample, judge_samples, key_from_environment
 from decathlon.rpo.options import EvaluateConfig

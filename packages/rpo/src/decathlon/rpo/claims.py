@@ -100,14 +100,21 @@ class _World:
         for method in (first, second):
             if method not in self._found:
                 return f"{METHODS[method]} was not run"
-        far = max(self._recipe.matched_kl)
-        for method in (first, second):
-            if (reach := self._found[method].reach) < far:
-                return f"{METHODS[method]} got to KL {reach:.2f} only: give it a lower beta"
+            if outside := self._outside(method):
+                return outside
         assert self._draws is not None
         one, other = (matched(self._found[name], self._recipe.matched_kl, self._draws) for name in (first, second))
         difference = interval(one, other)
         return difference, f"{one[0]:.2f} against {other[0]:.2f}: {show(difference)}"
+
+    def _outside(self, method: str) -> str | None:
+        """Why a method cannot be compared at the KLs of the recipe, if so."""
+        near, far = self._found[method].span
+        if far < max(self._recipe.matched_kl):
+            return f"{METHODS[method]} got to KL {far:.2f} only: give it a lower beta"
+        if near > min(self._recipe.matched_kl):
+            return f"{METHODS[method]} began at KL {near:.2f} only: give it a higher beta"
+        return None
 
     def _at_least(self, first: str, second: str, claim: str) -> Claim:
         return self._compared(first, second, f"{claim} (margin {MARGIN:g})", -MARGIN)
@@ -128,8 +135,8 @@ class _World:
         ours, theirs = self._found.get("rpo-unpaired"), self._found.get("sft-chosen")
         if ours is None or theirs is None or self._draws is None:
             return self._claim(claim, "not both were run")
-        if ours.reach < max(self._recipe.matched_kl):
-            return self._claim(claim, f"RPO got to KL {ours.reach:.2f} only: give it a lower beta")
+        if outside := self._outside("rpo-unpaired"):
+            return self._claim(claim, outside)
         one = matched(ours, self._recipe.matched_kl, self._draws)
         best = int(theirs.gold[:, 1:].mean(axis=(0, 2)).argmax())
         other = at_point(theirs, best, self._draws)

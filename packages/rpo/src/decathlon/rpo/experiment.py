@@ -52,7 +52,7 @@ NOTES = {
     "metrics": "gold: true reward of responses to held-out prompts at temperature 1; kl: mean log-ratio of them to the "
     "reference, nats; win_rate: against responses of the reference; pair_accuracy: of held-out pairs without errors. "
     "Intervals of the frontier are over seeds, those at the same KL over seeds and prompts: with so few seeds they are "
-    "rather narrow.",
+    "rather narrow. A method is compared at a KL only if all its seeds have points on both sides of it.",
     "beta": 'RPO has weight_scale="mean", so that beta means what it means in DPO, except "the paper\'s scale". What '
     "stands for beta at SFT on chosen is the factor of its learning rate.",
     "hh": "HH harmless: a minute of training of a tiny model, on cut texts; it tells no method from another or from a "
@@ -189,7 +189,7 @@ def make_records(recipe: Recipe, results: Results) -> list[Record]:
     draws = draws_for(recipe, found)
     for method, frontier in found.items():
         for kl in recipe.matched_kl:
-            if frontier.reach >= kl:  # beyond it there is nothing to compare
+            if frontier.span[0] <= kl <= frontier.span[1]:
                 figure, place = interval(matched(frontier, [kl], draws)), f"{recipe.experiment}/same KL"
                 records.append(_record(place, METHODS[method], f"gold at KL {kl:g}", figure, len(recipe.seeds)))
     for rule, right in hh_accuracies(results).items():

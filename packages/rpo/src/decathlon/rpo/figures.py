@@ -69,7 +69,7 @@ def _frontier(axis: Any, method: str, frontier: Frontier, draws: Resamples, limi
     if frontier.gold.shape[1] == 2:  # one beta: a point, no curve
         axis.plot([], [], marker, color=color, label=METHODS[method])
         return
-    places = np.linspace(0, min(frontier.reach, limit), 40)
+    places = np.linspace(0, min(frontier.span[1], limit), 40)
     every = at_kl(frontier, places.tolist(), draws.prompts)
     drawn = np.take_along_axis(every, draws.seeds[:, :, None], axis=1).mean(1)
     axis.plot(places, at_kl(frontier, places.tolist())[0].mean(0), color=color, label=METHODS[method])

@@ -31,9 +31,13 @@ class Frontier:
     kl: Array
 
     @property
-    def reach(self) -> float:
-        """The KL that every seed got to."""
-        return float(self.kl.mean(2).max(1).min())
+    def span(self) -> tuple[float, float]:
+        """The KLs between which every seed has points of its own, the reference apart.
+
+        Outside of them no comparison is fair: from the reference to a far point a line runs below the curve.
+        """
+        points = self.kl[:, 1:].mean(2)
+        return float(points.min(1).max()), float(points.max(1).min())
 
 
 @dataclass(frozen=True)

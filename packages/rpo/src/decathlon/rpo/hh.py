@@ -31,7 +31,7 @@ _VOCABULARY = 1500
 _PROMPT_TOKENS, _ANSWER_TOKENS = 24, 32
 _EMBEDDED_CHARACTERS = 160
 _LM_STEPS, _LM_BATCH, _LM_LR = 120, 32, 4e-3
-_BATCH, _LR, _TAU = 16, 2e-4, 0.25
+_BATCH, _LR, _TAU = 16, 4e-4, 0.25
 
 
 def run_cell(recipe: Recipe, cell: Cell, folder: Path) -> dict[str, Any]:

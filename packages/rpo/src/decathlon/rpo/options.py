@@ -80,7 +80,7 @@ class EvaluateConfig(GenerationConfig):
     max_length: int = 512
     """Tokens of prompt and response, of a pair."""
     max_prompt_length: int | None = 256
-    """Where prompt and response exceed max_length, keep so many tokens of the prompt, as in training; null keeps all."""
+    """Where prompt and response exceed max_length, keep so many tokens of the prompt; null: all."""
     prompt_truncation: Literal["keep_end", "keep_start"] | None = None
     """Which tokens; by the data set if not given: the start of tldr's posts, else the end, as in the paper."""
     samples: str | None = None

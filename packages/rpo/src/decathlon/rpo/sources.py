@@ -228,7 +228,9 @@ def _find_device(name: str) -> Any:
         raise UserError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
 
 
-_MODEL_HINT = "give --model_name_or_path a folder with config.json, the weights (safetensors) and the tokenizer, or an id of the hub"
+_MODEL_HINT = (
+    "give --model_name_or_path a folder with config.json, weights as safetensors and the tokenizer, or an id of the hub"
+)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Tuning:
         tau: Temperature of RPO's weights.
         epochs: Passes over the pairs.
         batch_size: Pairs in a step: RPO contrasts as many chosen with as many rejected responses.
-        lr: Learning rate of AdamW, constant.
+        lr: Learning rate of AdamW; it falls linearly, so that what is left of its noise does not count as distance.
         seed: Of the order of the pairs.
         folder: For whatever the trainers write; they save nothing.
     """
@@ -121,7 +121,7 @@ def _trainer(model: Any, tokenizer: Any, pairs: Dataset, method: str, beta: floa
         "per_device_train_batch_size": how.batch_size,
         "num_train_epochs": how.epochs,
         "learning_rate": lr,
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": "linear",
         "seed": how.seed,
         "beta": beta,
         "precompute_ref_log_probs": True,

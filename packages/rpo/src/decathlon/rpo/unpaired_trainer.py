@@ -177,7 +177,7 @@ class UnpairedRPOTrainer(ContrastingTrainer, KTOTrainer):
         if skipped and not self._warned_of_one_label:
             self._warned_of_one_label = True
             warnings.warn(
-                "a batch holds responses of one label only, so its loss is 0 (rpo/skipped is the share of such batches): "
+                "a batch holds responses of one label only, so its loss is 0 (their share is rpo/skipped): "
                 "raise per_device_train_batch_size, or leave balance at cycle",
                 stacklevel=2,
             )
