@@ -175,17 +175,9 @@ def test_ctrl_c_leaves_a_generator_and_a_checkpoint() -> None:
 def test_two_processes_train_as_one_does() -> None:
     """As `accelerate launch` starts them, by torchrun's variables."""
     assert main([*TRAIN, "--batch_gpu", "2", "--output", "one"]) == 0
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "decathlon.sid"]
+    # accelerate's launcher does this where it sees several GPUs; with --cpu it starts one process, whatever it is told
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "decathlon.sid"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *TRAIN, "--batch_gpu", "2", "--output", "two"],
