@@ -12,9 +12,6 @@ from decathlon.rpo.distributed import gather_with_local_grad
 from decathlon.rpo.objectives import RPOLossOutput, contrast_logits, contrast_weights, rpo_loss
 
 if TYPE_CHECKING:
-    from decathlon.rpo.evaluate import bootstrap_interval as bootstrap_interval
-    from decathlon.rpo.evaluate import preference_accuracy as preference_accuracy
-
     from decathlon.rpo.alpaca_eval import generate_alpaca_eval as generate_alpaca_eval
     from decathlon.rpo.collators import RPODataCollator as RPODataCollator
     from decathlon.rpo.collators import UnpairedRPODataCollator as UnpairedRPODataCollator
@@ -27,6 +24,8 @@ if TYPE_CHECKING:
     from decathlon.rpo.encoders import PromptEncoder as PromptEncoder
     from decathlon.rpo.encoders import SentenceEncoder as SentenceEncoder
     from decathlon.rpo.encoders import load_encoder as load_encoder
+    from decathlon.rpo.evaluate import bootstrap_interval as bootstrap_interval
+    from decathlon.rpo.evaluate import preference_accuracy as preference_accuracy
     from decathlon.rpo.trainer import RPOTrainer as RPOTrainer
     from decathlon.rpo.unpaired_trainer import UnpairedRPOTrainer as UnpairedRPOTrainer
 
