@@ -14,7 +14,8 @@ The model is a Llama of 8,192 words, width 192 and 4 layers, with random weights
 of English text (the topics of pydoc). One thread, processor time, alternating blocks; memory in processes of its own.
 While times are taken, memory that is free stays with the process: to get it back from the system costs up to 15 % of a
 step, at one time and not at another. Nothing is asserted about speed: the ratios are printed beside what they should
-reach, and kept in runs/rpo/speed/records.jsonl. `embed_prompts` is timed on the harmless test dialogues of HH, in `$DECATHLON_DATA`.
+reach, and kept in runs/rpo/speed/records.jsonl. `embed_prompts` is timed on the harmless test dialogues of HH, in
+`$DECATHLON_DATA`.
 """
 
 from __future__ import annotations

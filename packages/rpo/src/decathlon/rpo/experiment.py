@@ -187,8 +187,8 @@ def make_records(recipe: Recipe, results: Results) -> list[Record]:
         ]
     found = frontiers(recipe, results)
     draws = draws_for(recipe, found)
-    for method, frontier in found.items():
-        for kl in recipe.matched_kl:
+    for kl in recipe.matched_kl:
+        for method, frontier in found.items():
             if frontier.span[0] <= kl <= frontier.span[1]:
                 figure, place = interval(matched(frontier, [kl], draws)), f"{recipe.experiment}/same KL"
                 records.append(_record(place, METHODS[method], f"gold at KL {kl:g}", figure, len(recipe.seeds)))

@@ -64,7 +64,7 @@ class Recipe:
     """Passes over them."""
     batch_size: int = 16
     """Pairs in a step, which is the number of contrasts of a response too."""
-    lr: float = 1e-3
+    lr: float = 5e-4
     """Learning rate of the tuning; it falls linearly."""
     tau: float = 0.25
     """Temperature of RPO's weights (the paper: 0.25, 0.5, 0.75)."""
