@@ -45,12 +45,16 @@ class Recipe:
     experiment: str = "quick"
     """Name; the records carry it."""
     methods: dict[str, list[float]] = field(
-        default_factory=lambda: {"dpo": [0.1, 0.3], "rpo-paired": [0.1, 0.3], "rpo-unpaired": [0.1, 0.3]}
+        default_factory=lambda: {
+            "dpo": [0.1, 0.4, 1.6],
+            "rpo-paired": [0.03, 0.2, 0.8],
+            "rpo-unpaired": [0.06, 0.2, 0.8],
+        }
     )
     """Of each method its values of beta; of sft-chosen, which has none, factors of the learning rate."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds, each of data, reference model and tuning."""
-    matched_kl: list[float] = field(default_factory=lambda: [1.0, 2.0])
+    matched_kl: list[float] = field(default_factory=lambda: [1.0])
     """Distances from the reference (KL, nats) at which the methods are compared."""
     hidden: int = 64
     """Width of the language model, which has two layers."""
