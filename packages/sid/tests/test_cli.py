@@ -24,16 +24,16 @@ from decathlon.sid import (
     EDMPrecond,
     SiDConfig,
     SiDPipeline,
-    cli,
     inspect_edm_pickle,
     load_edm_pickle,
+    pickles,
     seeded_latents,
     to_uint8,
 )
 from decathlon.sid.cli import main
+from decathlon.sid.options import TrainConfig
 from decathlon.sid.pickles import PersistentObject
 from decathlon.sid.sources import load_pipeline
-from decathlon.sid.training import TrainConfig
 
 PICKLE = Path(__file__).parent / "golden" / "edm_tiny.pkl"
 TRAIN = ["train", "--teacher", "teacher", "--batch_size", "4", "--total_kimg", "0.012", "--lr", "1e-4", "--glr", "1e-4"]
@@ -85,6 +85,9 @@ def test_train_generate_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "run/last", "--seeds", "0-4,9", "--output", "images"]) == 0
     assert "6 images in images" in capsys.readouterr().out
     names = {path.name for path in Path("images").iterdir()}
+    assert main(["generate", "run/last", "--seeds", "7", "--output", "images"]) == 2
+    assert "images of an earlier call: give --overwrite" in capsys.readouterr().err
+    assert {path.name for path in Path("images").iterdir()} == names
     assert names == {"grid.png", "000009.png", *(f"00000{seed}.png" for seed in range(5))}
 
     measuring = ["evaluate", "run", "--reference", "digits", "--feature_extractor", "digits", "--num_images", "40"]
@@ -175,17 +178,9 @@ def test_ctrl_c_leaves_a_generator_and_a_checkpoint() -> None:
 def test_two_processes_train_as_one_does() -> None:
     """As `accelerate launch` starts them, by torchrun's variables."""
     assert main([*TRAIN, "--batch_gpu", "2", "--output", "one"]) == 0
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "decathlon.sid"]
+    # accelerate's launcher does this where it sees several GPUs; with --cpu it starts one process, whatever it is told
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "decathlon.sid"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *TRAIN, "--batch_gpu", "2", "--output", "two"],
@@ -299,7 +294,7 @@ def test_inspect_of_a_network_with_odd_names(
     stored = PersistentObject(
         "Net\x1b[2J", ("\x1b[0m",), {"option\x07": "\x1bc", "bytes": b"\x1b[1m"}, {"w\x1b": torch.zeros(2)}, "0" * 64
     )
-    monkeypatch.setattr(cli, "inspect_edm_pickle", lambda _: {"ema": stored, "nested": [stored]})
+    monkeypatch.setattr(pickles, "inspect_edm_pickle", lambda _: {"ema": stored, "nested": [stored]})
     assert main(["inspect", "any.pkl", "--tensors"]) == 0
     printed = capsys.readouterr().out
     assert printed.replace("\n", "").isprintable()
@@ -337,6 +332,10 @@ def test_convert_overwrites_nothing_of_others(capsys: pytest.CaptureFixture[str]
         ([*TRAIN, "--betas", "[0.0, 1.0]"], "betas must lie in [0, 1)"),
         ([*TRAIN, "--batch_gpu", "3"], "batch_size must be a multiple of batch_gpu"),
         ([*TRAIN, "--batch_size", "many"], "batch_size"),
+        ([*TRAIN, "--total_kimg", "1e308"], "total_kimg must be above 0 and finite"),
+        ([*TRAIN, "--teacher", ""], "teacher is empty"),
+        ([*TRAIN, "--output", "teacher/model_index.json"], "model_index.json is a file: name a folder"),
+        ([*TRAIN, "--device", "meta"], "device 'meta' is not to be had"),
         ([*TRAIN, "--alfa", "1"], "alfa"),
         ([*TRAIN, "--loss", "dmd"], "loss"),
         ([*TRAIN, "--reference", "digits"], "feature_extractor and reference go together"),
@@ -346,6 +345,25 @@ def test_convert_overwrites_nothing_of_others(capsys: pytest.CaptureFixture[str]
         (["train", "--teacher", str(PICKLE), "--teacher_key", "G"], "has no 'G'"),
         (["generate", "teacher", "--seeds", "3-1"], "seeds must be such as 0-63"),
         (["generate", "teacher", "--seeds", "a"], "seeds must be such as 0-63"),
+        (["generate", "teacher", "--seeds", "0-99999999999"], "more than 10,000,000 images"),
+        (["generate", "teacher", "--seeds", "9223372036854775808"], "seeds must be below 2**63"),
+        (["generate", "teacher", "--key", "G"], "key 'G' names a network of a pickle, but teacher is a folder"),
+        (["generate", "teacher", "--output", "teacher"], "teacher holds other files, such as"),
+        (["generate", "teacher", "--output", "teacher", "--overwrite"], "teacher holds other files, such as"),
+        (["generate", "teacher", "--output", "teacher/model_index.json"], "is a file: name a folder"),
+        (["generate", "teacher", "--init_sigma", ".inf"], "init_sigma must be above 0 and finite"),
+        (["generate", "--seeds", "0-3", "teacher"], "put the model first, as in `decathlon-sid generate MODEL"),
+        (
+            ["evaluate", "teacher", "--reference", "digits", "--num_images", "-3"],
+            "at least 2, for a covariance, got -3",
+        ),
+        (["evaluate", "teacher", "--reference", "digits", "--seed", "-1"], "seeds must be at least 0 and below 2**63"),
+        (["evaluate", "teacher", "--reference", "absent", "--feature-extractor", "i.pt"], "absent: no such file"),
+        (["evaluate", "teacher", "--reference", "digits", "--output", "teacher"], "output teacher is a folder"),
+        (["inspect", "teacher"], "teacher is a folder; inspect reads pickles"),
+        (["reproduce", "--channel_mult", "1", "0", "--output", "runs"], "channel_mult must be at least 1"),
+        (["reproduce", "--channels", "3", "--output", "runs"], "the recipe cannot be run: an embedding needs"),
+        (["reproduce", "--num_images", "5", "--output", "runs"], "num_images must be at least 48"),
         (["generate", "teacher", "--class_label", "1"], "the network has no classes"),
         (["generate", "teacher", "--batch_size", "0"], "batch_size must be at least 1"),
         (["generate", "teacher", "--init_sigma", "0"], "init_sigma must be above 0"),
@@ -381,7 +399,7 @@ def test_figures_that_the_reference_cannot_give(capsys: pytest.CaptureFixture[st
     assert "need real images, but stats.npz holds statistics" in capsys.readouterr().err
     np.savez("other.npz", mu=np.zeros(5), sigma=np.eye(5))
     assert main([*evaluate, "--reference", "other.npz"]) == 2
-    assert "the reference has 5 features, the extractor 32" in capsys.readouterr().err
+    assert "the real statistics are of 5 features, but digits CNN, 32 features gives 32" in capsys.readouterr().err
 
 
 class Inception(torch.nn.Module):
@@ -418,3 +436,67 @@ def test_a_torchscript_network_measures(capsys: pytest.CaptureFixture[str]) -> N
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "decathlon.sid", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("decathlon-sid ")
+    code = "import decathlon.sid.cli, sys; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "--help and Ctrl-C wait for nothing heavy"
+
+
+@pytest.mark.usefixtures("teacher")
+def test_two_numbers_as_a_pair() -> None:
+    assert (
+        main([*TRAIN, "--total_kimg", "0.004", "--output", "run", "--betas", "0.5", "0.9", "--g_betas", "[0, 0.99]"])
+        == 0
+    )
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (config["betas"], config["g_betas"]) == ([0.5, 0.9], [0.0, 0.99])
+
+
+@pytest.mark.usefixtures("teacher")
+def test_a_training_that_diverges_ends_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("decathlon.sid.trainer.MAX_SKIPPED", 2)
+    assert main([*TRAIN, "--total_kimg", "1", "--lr", "1e30", "--glr", "1e30", "--output", "run"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: no finite sample") and "begin anew in another folder" in last
+    recipe = ["--teacher_lr", "1e30", "--teacher_steps", "9", "--channels", "8", "--output", "quick"]
+    assert main(["reproduce", *recipe, "--jobs", "1"]) == 2
+    assert "lower its lr (1e+30), which is teacher_lr here" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_evaluation_that_cannot_be_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    small: dict[str, Any] = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    SiDPipeline(EDMPrecond(8, 3, model_type="SongUNet", **small)).save_pretrained("teacher")
+    measuring = ["--reference", "digits", "--feature_extractor", "digits"]
+    for command in ([*TRAIN, "--output", "run"], ["evaluate", "teacher"]):
+        assert main([*command, *measuring]) == 2
+        assert "images [3, 8, 8], but the real ones are [1, 8, 8]" in capsys.readouterr().err
+    np.savez("stats.npz", mu=np.zeros(32), sigma=np.eye(32))
+    assert main(["evaluate", "teacher", "--reference", "stats.npz", "--feature_extractor", "digits"]) == 2
+    assert "takes grey images of 8 x 8, got [3, 8, 8]" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+def test_images_that_are_not_finite_are_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    net = network()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(float("nan"))
+    SiDPipeline(net).save_pretrained("model")
+    assert main(["generate", "model", "--seeds", "4-5", "--output", "images"]) == 2
+    assert "the image of seed 4 has NaN or infinity" in capsys.readouterr().err and not Path("images").exists()
+
+
+@pytest.mark.usefixtures("teacher")
+def test_images_replace_earlier_ones_and_are_a_reference() -> None:
+    generate = ["generate", "teacher", "--output", "images"]
+    assert main([*generate, "--seeds", "0-9"]) == 0
+    assert main([*generate, "--seeds", "20-59", "--overwrite"]) == 0
+    assert {path.name for path in Path("images").iterdir()} == {"grid.png", *(f"{n:06d}.png" for n in range(20, 60))}
+    measuring = ["--reference", "images", "--feature_extractor", "digits", "--num_images", "40", "--output", "f.json"]
+    assert main(["evaluate", "teacher", *measuring, "--seed", "20"]) == 0
+    assert json.loads(Path("f.json").read_text())["frechet_distance"] == [pytest.approx(0.0, abs=1e-3)]
+
+
+def test_inspect_of_an_empty_dict(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", plain_pickle("empty.pkl", b"")]) == 0
+    assert capsys.readouterr().out == "empty.pkl holds an empty dict\n"

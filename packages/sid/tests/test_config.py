@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -111,3 +112,21 @@ def test_the_teacher_s_settings(mistake: dict[str, Any]) -> None:
     (name,) = mistake
     with pytest.raises(ValueError, match=name):
         TeacherConfig(**mistake)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ({"share_generator_forward": "no"}, "True or False"),
+        ({"seed": 2**63}, "below 2\\*\\*63"),
+        ({"total_kimg": 1e308}, "finite, at most 1e\\+15"),
+        ({"log_kimg": math.inf}, "finite"),
+        ({"snapshot_kimg": math.inf}, "finite"),
+        ({"ema_halflife_kimg": math.inf}, "finite"),
+        ({"ema_rampup_ratio": math.inf}, "finite"),
+    ],
+)
+def test_a_value_that_no_run_could_take(mistake: dict[str, Any], words: str) -> None:
+    (name,) = mistake
+    with pytest.raises(ValueError, match=f"{name} must be .*{words}"):
+        SiDConfig(**mistake)

@@ -135,3 +135,9 @@ def test_mnist_lies_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.Monke
     )
     found = load_images("mnist")
     assert found.images.shape == (4, 1, 28, 28) and found.labels is not None
+
+
+def test_the_grid_of_generate_is_no_image(tmp_path: Path) -> None:
+    for name, size in (("000000.png", 4), ("000001.png", 4), ("grid.png", 8)):
+        Image.new("L", (size, size)).save(tmp_path / name)
+    assert load_images(tmp_path).images.shape == (2, 1, 4, 4)

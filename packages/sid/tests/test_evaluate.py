@@ -218,6 +218,21 @@ def test_errors(tmp_path: Path) -> None:
         FrechetEvaluator(Corners(), tmp_path / "text.npz")
     with pytest.raises(ValueError, match=r"mu must be \[D\] and sigma \[D, D\]"):
         FrechetEvaluator(Corners(), {"mu": np.zeros(3), "sigma": np.eye(4)})
+    with pytest.raises(ValueError, match=r"network makes images \[1, 8, 8\], but the real ones are \[1, 12, 12\]"):
+        FrechetEvaluator(Corners(), torch.zeros(9, 1, 12, 12))(Blur(), 20)
+    with pytest.raises(ValueError, match="gives 1 rows of features for 256 images"):
+        FrechetEvaluator(lambda images: images.flatten(1)[:1].float(), real)
+    for arguments in ((None, real), (Corners(), None)):
+        with pytest.raises(TypeError, match="takes a feature extractor that can be called, and real images"):
+            FrechetEvaluator(*arguments)  # type: ignore[arg-type]
+    lopsided = np.array([[1.0, 0.5], [0.0, 1.0]])
+    for sigma, message in (
+        (lopsided, "must be a covariance"),
+        (-np.eye(2), "must be a covariance"),
+        (np.full((2, 2), np.inf), "finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_statistics({"mu": np.zeros(2), "sigma": sigma})
     with pytest.raises(ValueError, match="of 3 features, but Corners gives 4: they belong to another extractor"):
         FrechetEvaluator(Corners(), {"mu": np.zeros(3), "sigma": np.eye(3)})(Blur(), 20)
 

@@ -19,14 +19,15 @@ import yaml
 
 from decathlon.shared.config import load_config
 from decathlon.shared.errors import UserError
+from decathlon.shared.files import locked
 from decathlon.shared.records import read_claims, read_records
 from decathlon.sid import experiment
 from decathlon.sid.claims import PAPER, distance, judge, log_log_fit, paper_table
 from decathlon.sid.data import load_images
-from decathlon.sid.experiment import ReproduceConfig, run
+from decathlon.sid.experiment import run
+from decathlon.sid.options import ReproduceConfig
 from decathlon.sid.protocol import (
     Cell,
-    Recipe,
     distillation,
     expected_seconds,
     floor,
@@ -36,6 +37,7 @@ from decathlon.sid.protocol import (
     run_cell,
     teacher_path,
 )
+from decathlon.sid.recipe import Recipe
 
 PACKAGE = Path(__file__).parents[1]
 TINY = Recipe("tiny", methods=["sid:1.0", "diff-instruct"], seeds=[0, 1], teacher_calls=[1, 3], smoke=True)
@@ -83,9 +85,14 @@ class TestRecipe:
             (lambda: Recipe(seeds=[]), "seeds is empty"),
             (lambda: Recipe(seeds=[1, 1]), "seeds names one twice: 1, 1"),
             (lambda: Recipe(seeds=[-1]), "seeds must be at least 0"),
+            (lambda: Recipe(seeds=[2**63]), "below 2"),
+            (lambda: Recipe(lr=float("inf")), "lr must be above 0 and finite, got inf"),
+            (lambda: Recipe(channel_mult=[1, 0]), "channel_mult must be at least 1 at each level"),
+            (lambda: Recipe(num_images=47), "num_images must be at least 48"),
+            (lambda: Recipe(smoke="no"), "smoke must be True or False"),  # type: ignore[arg-type]
             (lambda: Recipe(teacher_calls=[8]), "teacher_calls must be odd"),
             (lambda: Recipe(steps=0), "steps must be above 0"),
-            (lambda: Recipe(lr=float("nan")), "lr must be above 0, got nan"),
+            (lambda: Recipe(lr=float("nan")), "lr must be above 0 and finite, got nan"),
         ],
     )
     def test_mistakes(self, make: Any, message: str) -> None:
@@ -155,7 +162,7 @@ class TestCells:
         assert one["metrics"]["sample_seconds"] < three["metrics"]["sample_seconds"]
 
     def test_the_points_of_a_curve_do_not_change_the_training(self, folder: Path) -> None:
-        recipe = replace(TINY, smoke=False, batch_size=4, steps=6, num_images=40, channels=8, points=[2, 5])
+        recipe = replace(TINY, smoke=False, batch_size=4, steps=6, num_images=48, channels=8, points=[2, 5])
         prepare(replace(recipe, teacher_steps=1), folder)
         teacher_path(replace(recipe, teacher_steps=1), folder).rename(teacher_path(recipe, folder))
         fine = run_cell(recipe, Cell("sid:1.0", 0), folder)
@@ -217,6 +224,42 @@ class TestRun:
         monkeypatch.setattr(experiment, "run_cell", lambda *args: ran.append(args[1].name) or original(*args))
         run(recipe, tmp_path / "run", resume=True, jobs=1)
         assert ran == ["sid-1.0.1"] and figures(tmp_path / "run") == whole
+
+    def test_a_folder_is_kept_for_one_run(self, tmp_path: Path) -> None:
+        with locked(tmp_path / "run"), pytest.raises(UserError, match="in use by another run"):
+            run(TINY, tmp_path / "run", jobs=1)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+    @pytest.mark.parametrize("victim", ["parent", "child"])
+    def test_processes_that_are_killed(self, tmp_path: Path, victim: str) -> None:
+        command = [sys.executable, "-m", "decathlon.sid", "reproduce", "--jobs", "2", "--output", str(tmp_path / "run")]
+        command += ["--teacher_steps", "1", "--channels", "8", "--steps", "100000", "--seeds", "0"]
+        command += ["--teacher_calls", "1", "--num_images", "48"]
+        process = subprocess.Popen(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+        )
+
+        def workers() -> list[str]:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            return [pid for pid in children if b"LokyProcess" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+        try:
+            deadline = time.monotonic() + 120
+            while not (cells := list((tmp_path / "run/cells").glob("teacher*"))) and time.monotonic() < deadline:
+                assert process.poll() is None
+                time.sleep(0.2)
+            found = workers()
+            assert cells and len(found) == 2
+            os.kill(process.pid if victim == "parent" else int(found[0]), signal.SIGKILL)
+            _, err = process.communicate(timeout=60)
+            if victim == "child":
+                assert process.returncode == 2 and "a process was killed, perhaps for want of memory" in err
+            while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < deadline + 60:
+                time.sleep(0.2)
+            assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+        finally:
+            process.kill()
 
     @pytest.mark.slow
     def test_killed_and_resumed_it_comes_out_the_same(self, tmp_path: Path) -> None:

@@ -108,3 +108,9 @@ def test_names() -> None:
     assert extractor_name(DigitsFeatures()) == "digits CNN, 32 features"
     assert extractor_name(Means()) == "Means"
     assert extractor_name(brightness).endswith("brightness")
+
+
+def test_digits_features_take_grey_images_of_their_size() -> None:
+    for shape in ((3, 8, 8), (1, 12, 12)):
+        with pytest.raises(ValueError, match="takes grey images of 8 x 8, got"):
+            DigitsFeatures()(torch.zeros(2, *shape, dtype=torch.uint8))

@@ -13,8 +13,8 @@ from decathlon.shared.config import load_config
 from decathlon.shared.records import read_records
 from decathlon.sid.cli import main
 from decathlon.sid.data import DATA_VARIABLE
+from decathlon.sid.options import TrainConfig
 from decathlon.sid.sources import TEACHERS, load_pipeline
-from decathlon.sid.training import TrainConfig
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"

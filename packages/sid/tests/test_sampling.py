@@ -179,3 +179,39 @@ def test_what_a_pipeline_refuses() -> None:
         pipe(1, class_labels=7)
     with pytest.raises(ValueError, match="unconditional"):
         SiDPipeline(tiny())(1, class_labels=0)
+
+
+def test_seeds_and_levels_out_of_range() -> None:
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=r"at least 0 and below 2\*\*63"):
+            seeded_latents([seed], (1, 2, 2))
+    with pytest.raises(TypeError):
+        seeded_latents([1.5], (1, 2, 2))  # type: ignore[list-item]
+    for levels in ({"sigma_min": -1.0}, {"sigma_min": 2.0, "sigma_max": 1.0}, {"sigma_max": float("nan")}):
+        with pytest.raises(ValueError, match="0 <= sigma_min < sigma_max"):
+            edm_sampler(tiny(), torch.zeros(1, 1, 8, 8), **levels)
+
+
+def test_what_a_pipeline_refuses_to_be_or_make() -> None:
+    for sigma in (0.0, float("inf")):
+        with pytest.raises(ValueError, match="init_sigma must be above 0 and finite"):
+            SiDPipeline(tiny(), sigma)
+    pipeline = SiDPipeline(tiny())
+    for size in (0, 1.5, True):
+        with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1"):
+            pipeline(size)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="generator has 2 entries, batch_size is 3"):
+        pipeline(3, generator=[torch.Generator(), torch.Generator()])
+
+
+def test_classes_in_a_list() -> None:
+    net: Any = tiny(label_dim=3)
+    with pytest.raises(TypeError, match="class_labels must be a tensor, of integer ids"):
+        net(torch.zeros(2, 3, 8, 8), torch.ones(()), [0, 1])
+    assert len(SiDPipeline(net)(2, class_labels=[0, 1]).images) == 2
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (8, 0)])
+def test_networks_without_a_pixel(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        EDMPrecond(*sizes, model_type="SongUNet")

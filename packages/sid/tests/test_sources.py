@@ -176,3 +176,24 @@ def test_the_papers_teachers_have_the_papers_sizes() -> None:
         with torch.device("meta"):
             net = EDMPrecond(**described)
         assert sum(parameter.numel() for parameter in net.parameters()) == sizes[name], name
+
+
+def test_a_key_for_a_folder(net: EDMPrecond, tmp_path: Path) -> None:
+    SiDPipeline(net).save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"key 'G' names a network of a pickle, but .*pipe is a folder"):
+        load_pipeline(tmp_path / "pipe", "G")
+
+
+def test_damaged_folders_are_named_without_advice_of_others(net: EDMPrecond, tmp_path: Path) -> None:
+    SiDPipeline(net).save_pretrained(tmp_path / "pipe")
+    index, config = tmp_path / "pipe/model_index.json", tmp_path / "pipe/generator/config.json"
+    text = index.read_text()
+    index.write_text(text.replace("2.5", "0"))
+    with pytest.raises(ValueError, match=r"model_index\.json: init_sigma must be above 0 and finite, got 0"):
+        load_pipeline(tmp_path / "pipe")
+    index.write_text(text)
+    described = json.loads(config.read_text())
+    config.write_text(json.dumps(described | {"model_channels": 2 * described["model_channels"]}))
+    with pytest.raises(ValueError, match=r"generator: its config\.json describes no network") as caught:
+        load_pipeline(tmp_path / "pipe")
+    assert "If you want" not in str(caught.value)

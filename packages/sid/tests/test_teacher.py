@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from decathlon.sid.config import TeacherConfig
+from decathlon.sid.config import SiDConfig, TeacherConfig
 from decathlon.sid.networks import EDMPrecond
 from decathlon.sid.teacher import train_teacher
 
@@ -87,3 +87,12 @@ def test_a_network_that_suits_the_images_is_made() -> None:
     assert train_teacher(images, config=TeacherConfig(steps=1, batch_size=2)).label_dim == 0
     with pytest.raises(ValueError, match="square images"):
         train_teacher(torch.zeros(3, 1, 4, 6))
+
+
+def test_what_is_no_tensor_or_no_config() -> None:
+    images = torch.zeros(4, 1, 8, 8)
+    for data, labels in ((images.numpy(), None), (images.tolist(), None), (images, [0, 1, 2, 3])):
+        with pytest.raises(TypeError, match="data must be a float tensor"):
+            train_teacher(data, labels)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="config must be a TeacherConfig"):
+        train_teacher(images, config=SiDConfig())  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
+import signal
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +18,11 @@ from torch import nn
 
 from decathlon.shared.files import locked
 from decathlon.sid.augment import AugmentPipe
-from decathlon.sid.config import SiDConfig
+from decathlon.sid.config import SiDConfig, TeacherConfig
 from decathlon.sid.denoisers import frozen, label_probabilities
 from decathlon.sid.draws import SiDDraws
+from decathlon.sid.evaluate import FrechetEvaluator
+from decathlon.sid.features import DigitsFeatures
 from decathlon.sid.networks import EDMPrecond
 from decathlon.sid.processes import Processes
 from decathlon.sid.trainer import SiDTrainer
@@ -499,3 +503,97 @@ def test_a_checkpoint_of_another_augmentation_is_refused(tmp_path: Path) -> None
     same_pipe.load_checkpoint(tmp_path / "state")
     with pytest.raises(ValueError, match="another augment_pipe"):
         other.load_checkpoint(tmp_path / "state")
+
+
+# ------------------------------------------------------------------------------- evaluations and bad ends
+
+
+def evaluated_config(folder: Path) -> SiDConfig:
+    return small_config(total_kimg=0.048, eval_kimg=0.016, snapshot_kimg=1.0, output_dir=str(folder))
+
+
+def test_an_evaluator_that_cannot_measure_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = evaluated_config(tmp_path / "run")
+    statistics = {"mu": torch.zeros(5), "sigma": torch.eye(5)}
+    for evaluator, message in (
+        (FrechetEvaluator(DigitsFeatures(), statistics), "of 5 features, but digits CNN, 32 features gives 32"),
+        (FrechetEvaluator(DigitsFeatures(resolution=12), torch.zeros(4, 1, 12, 12)), r"\[1, 8, 8\], but the real ones"),
+        (FrechetEvaluator(nn.Conv2d(3, 2, 1), statistics), r"does not take images \[1, 8, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SiDTrainer(small_net(), config, evaluator=evaluator)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_fails_loses_nothing(tmp_path: Path) -> None:
+    def fails(net: nn.Module) -> float:
+        if trainer.nimg == 32:
+            raise MemoryError
+        return float(trainer.nimg)
+
+    config = evaluated_config(tmp_path / "run")
+    trainer = SiDTrainer(small_net(), copy.deepcopy(config), evaluator=fails)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert (tmp_path / "run/checkpoints/000000000032").is_dir() and (tmp_path / "run/last").is_dir()
+    resumed = SiDTrainer(small_net(), config, evaluator=lambda net: 100.0 - resumed.nimg)
+    result = resumed.train(resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(row["nimg"], row["metric"]) for row in lines] == [(16, 16), (32, 68), (48, 52)]
+    assert result.history == lines and result.best == 16
+
+
+def test_ctrl_c_leaves_an_evaluation_at_the_next_batch(tmp_path: Path) -> None:
+    calls = []
+
+    def interrupted(net: nn.Module) -> float:
+        for _ in range(100):
+            net(torch.zeros(1, 1, 8, 8), torch.ones(()))
+            calls.append(trainer.nimg)
+            if calls == [16, 16]:
+                signal.raise_signal(signal.SIGINT)
+        return 1.0
+
+    config = evaluated_config(tmp_path / "run")
+    trainer = SiDTrainer(small_net(), copy.deepcopy(config), evaluator=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert calls == [16, 16] and trainer.nimg == 16 and not trainer.ema._forward_pre_hooks
+    trainer = SiDTrainer(small_net(), config, evaluator=interrupted)
+    assert [row["metric"] for row in trainer.train(resume=True).history] == [1.0] * 3 and len(calls) == 302
+
+
+def test_a_run_that_is_done_says_so(tmp_path: Path) -> None:
+    config = small_config(output_dir=str(tmp_path / "run"), total_kimg=0.016)
+    SiDTrainer(small_net(), copy.deepcopy(config)).train()
+    config.total_kimg = 0.008
+    with pytest.warns(UserWarning, match=r"run is done already: it has seen 16 images, total_kimg asks for 0\.008"):
+        SiDTrainer(small_net(), config).train(resume=True)
+
+
+def test_a_training_that_diverges_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("decathlon.sid.trainer.MAX_SKIPPED", 2)
+    trainer = poisoned_trainer(monkeypatch, bad=8)
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(RuntimeError, match="the teacher itself makes NaN"):
+        trainer.step(), trainer.step()
+    trainer = SiDTrainer(small_net(), small_config(lr=1e30, glr=1e30))
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(RuntimeError, match="begin anew in another folder"):
+        trainer.train()
+
+
+def test_a_damaged_state_names_its_file(tmp_path: Path) -> None:
+    trainer = SiDTrainer(small_net(), small_config())
+    trainer.save_checkpoint(tmp_path / "state")
+    (tmp_path / "state/optimizers.pt").write_bytes(pickle.dumps(Path("evil"), 2))
+    with pytest.raises(ValueError, match=r"optimizers\.pt is damaged: no plain tensors in it$"):
+        trainer.load_checkpoint(tmp_path / "state")
+    trainer.save_checkpoint(tmp_path / "state")
+    (tmp_path / "state/state.json").write_text('{"format": 1, "config": {}}')
+    with pytest.raises(ValueError, match=r"state\.json is damaged: it has no best, history, nimg, skipped"):
+        trainer.load_checkpoint(tmp_path / "state")
+
+
+def test_a_config_of_another_kind() -> None:
+    config: Any = TeacherConfig()
+    with pytest.raises(TypeError, match="config must be a SiDConfig, got a TeacherConfig"):
+        SiDTrainer(small_net(), config)

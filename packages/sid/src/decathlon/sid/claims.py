@@ -15,7 +15,8 @@ from tabulate import tabulate
 
 from decathlon.shared.intervals import Interval, bootstrap_mean
 from decathlon.shared.records import Claim
-from decathlon.sid.protocol import DIFF_INSTRUCT, TEACHER, Cell, Recipe, alpha_of
+from decathlon.sid.protocol import TEACHER, Cell
+from decathlon.sid.recipe import DIFF_INSTRUCT, Recipe, alpha_of
 
 Results = Mapping[Cell, Mapping[str, Any]]
 

@@ -2,123 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tabulate import tabulate
-
-from decathlon.shared.config import run_cli
 from decathlon.shared.errors import UserError
-from decathlon.shared.files import atomic_path
 from decathlon.shared.interruption import terminating_as_interrupting
-from decathlon.shared.intervals import bootstrap_mean
-from decathlon.shared.progress import progress
-from decathlon.sid import experiment, training
-from decathlon.sid.experiment import ReproduceConfig
-from decathlon.sid.features import extractor_name
-from decathlon.sid.generate import generate_images, parse_seeds
-from decathlon.sid.pickles import PersistentObject, inspect_edm_pickle
-from decathlon.sid.pipeline import SiDPipeline
-from decathlon.sid.sources import load_pipeline
-from decathlon.sid.training import TrainConfig
-from decathlon.sid.trials import find_extractor, find_reference, measure, sampler
-from decathlon.sid.unpickler import printable, shown
+from decathlon.sid.config import MAX_SEED
+from decathlon.sid.options import (
+    ConvertConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    InspectConfig,
+    ReproduceConfig,
+    TrainConfig,
+)
+
+if TYPE_CHECKING:
+    from decathlon.sid.pipeline import SiDPipeline
+
+# torch and diffusers take seconds to import, so each command does that itself: help and mistakes come at once
 
 _POSITIONAL = {"convert": ("model", "output"), "inspect": ("model",), "generate": ("model",), "evaluate": ("model",)}
+_PAIRS = ("--betas", "--g_betas")
 _MAX_SHOWN = 500  # characters of a value
-
-
-@dataclass
-class GenerateConfig:
-    """Options of `generate`."""
-
-    model: str
-    """Run of train, pipeline folder, pickle, or hub id."""
-    seeds: str = "0-63"
-    """Seeds, an image each, such as 0-63 or 1,3,10-12."""
-    class_label: int | None = None
-    """Class of all images; drawn by the seed if not given."""
-    batch_size: int = 64
-    """Images at a time; the images do not depend on it."""
-    steps: int | None = None
-    """Steps of Heun's method, for a teacher (2 steps - 1 network calls); one call of a generator if not given."""
-    init_sigma: float | None = None
-    """Noise level that a generator takes its input for; the model's own (the paper: 2.5) if not given."""
-    key: str = "ema"
-    """Which network of a pickle."""
-    device: str = "auto"
-    """Such as cpu or cuda:0; the latents come from the CPU wherever the network is."""
-    output: str = "images"
-    """Folder for the PNG files and grid.png."""
-
-
-@dataclass
-class EvaluateConfig:
-    """Options of `evaluate`."""
-
-    model: str
-    """Run of train, pipeline folder, pickle, or hub id."""
-    reference: str
-    """npz with mu and sigma (EDM's fid-refs), or real images: npz, folder, digits, mnist."""
-    feature_extractor: str | None = None
-    """TorchScript network (the paper: inception-2015-12-05.pt), or digits."""
-    num_images: int = 50_000
-    """Generated images of a trial."""
-    trials: int = 1
-    """Trials, with new seeds each (the paper: the mean of 10)."""
-    seed: int = 0
-    """First seed; the others follow."""
-    batch_size: int = 256
-    """Images at a time."""
-    steps: int | None = None
-    """Steps of Heun's method, for a teacher; one call of a generator if not given."""
-    init_sigma: float | None = None
-    """Noise level that a generator takes its input for; the model's own if not given."""
-    inception_score: bool = False
-    """Inception score too."""
-    precision_recall: bool = False
-    """Precision and recall too; the reference must be images."""
-    nhood_size: int = 3
-    """Neighbours that they look at."""
-    key: str = "ema"
-    """Which network of a pickle."""
-    device: str = "auto"
-    """Such as cpu or cuda:0."""
-    output: str | None = None
-    """JSON file for the figures too, if given."""
-
-
-@dataclass
-class ConvertConfig:
-    """Options of `convert`: `convert MODEL OUTPUT`."""
-
-    model: str
-    """Pickle of EDM or SiD, or whatever else can be read."""
-    output: str
-    """Folder for the pipeline."""
-    key: str = "ema"
-    """Which network of a pickle."""
-    init_sigma: float | None = None
-    """Noise level of the generator's input; 2.5, the paper's, if the model does not say."""
-
-
-@dataclass
-class InspectConfig:
-    """Options of `inspect`: `inspect MODEL`."""
-
-    model: str
-    """Pickle of EDM or SiD."""
-    tensors: bool = False
-    """List every tensor."""
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -126,7 +41,10 @@ class InspectConfig:
 
 def train(config: TrainConfig) -> None:
     """Distil a teacher into a one-step generator, without data."""
-    with _user_errors():
+    with _user_errors(config):
+        _folder(config.output)
+        from decathlon.sid import training
+
         outcome = training.train(config)
     if outcome is not None:
         result, trainer = outcome
@@ -137,10 +55,13 @@ def train(config: TrainConfig) -> None:
 
 def generate(config: GenerateConfig) -> None:
     """Make images by seed: PNG files and a grid."""
-    folder = Path(config.output)
-    with _user_errors():
-        seeds = parse_seeds(config.seeds)
+    with _user_errors(config):
+        folder = _folder(config.output)
         _at_least(batch_size=config.batch_size, steps=config.steps)
+        from decathlon.sid.generate import earlier_images, generate_images, parse_seeds
+
+        seeds = parse_seeds(config.seeds)
+        earlier_images(folder, config.overwrite)
         pipeline = _load(config)
         generate_images(
             pipeline.generator,
@@ -149,6 +70,7 @@ def generate(config: GenerateConfig) -> None:
             sample=_sampler(config, pipeline),
             batch_size=config.batch_size,
             class_label=config.class_label,
+            overwrite=config.overwrite,
         )
     print(f"{len(seeds)} images in {folder}")
 
@@ -156,18 +78,30 @@ def generate(config: GenerateConfig) -> None:
 def evaluate(config: EvaluateConfig) -> None:
     """Measure images against real ones: Frechet distance and, if asked for, inception score, precision and recall."""
     output = None if config.output is None else Path(config.output)
-    if output is not None and output.is_dir():
-        raise UserError(f"output {output} is a folder; name a file")
-    with _user_errors():
+    with _user_errors(config):
+        if output is not None and output.is_dir():
+            raise UserError(f"output {output} is a folder; name a file")
         _at_least(batch_size=config.batch_size, steps=config.steps, trials=config.trials)
-        extractor, reference = find_extractor(config.feature_extractor), find_reference(config.reference)
-        pipeline = _load(config)
-        starts = range(config.seed, config.seed + config.trials * config.num_images, max(config.num_images, 1))
+        if config.num_images < 2:
+            raise UserError(f"num_images must be at least 2, for a covariance, got {config.num_images}")
+        end = config.seed + config.trials * config.num_images
+        if config.seed < 0 or end > MAX_SEED:
+            raise UserError(f"seeds must be at least 0 and below 2**63, got {config.seed} to {end - 1}")
+        from tabulate import tabulate
+
+        from decathlon.shared.files import atomic_path
+        from decathlon.shared.intervals import bootstrap_mean
+        from decathlon.shared.progress import progress
+        from decathlon.sid.features import extractor_name
+        from decathlon.sid.trials import find_extractor, find_reference, measure
+
+        reference, pipeline = find_reference(config.reference), _load(config)
+        extractor = find_extractor(config.feature_extractor)  # last, as it may have to be trained
         found = measure(
             pipeline.generator,
             extractor.to(pipeline.device),
             reference,
-            trials=[range(start, start + config.num_images) for start in starts] or [[]],
+            trials=(range(s, s + config.num_images) for s in range(config.seed, end, config.num_images)),
             batch_size=config.batch_size,
             sample=_sampler(config, pipeline),
             inception=config.inception_score,
@@ -198,9 +132,13 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def convert(config: ConvertConfig) -> None:
     """Turn a pickle into a pipeline folder of safetensors, without running the code in it."""
-    output = Path(config.output)
-    _check_pipeline_target(output)
-    with _user_errors():
+    with _user_errors(config):
+        output = _folder(config.output)
+        _check_pipeline_target(output)
+        from decathlon.shared.files import atomic_path
+        from decathlon.sid.pipeline import SiDPipeline
+        from decathlon.sid.sources import load_pipeline
+
         pipeline = load_pipeline(config.model, config.key)
         sigma = _init_sigma(config.init_sigma, pipeline)
         with atomic_path(output) as temporary:
@@ -210,8 +148,17 @@ def convert(config: ConvertConfig) -> None:
 
 def inspect(config: InspectConfig) -> None:
     """Show what a pickle of EDM or SiD holds. Nothing in it is executed."""
-    with _user_errors():
+    with _user_errors(config):
+        from tabulate import tabulate
+
+        from decathlon.sid.pickles import PersistentObject, inspect_edm_pickle
+        from decathlon.sid.unpickler import shown
+
+        if Path(config.model).is_dir():
+            raise UserError(f"{config.model} is a folder; inspect reads pickles")
         found = inspect_edm_pickle(Path(config.model))
+    if not found:
+        print(f"{config.model} holds an empty dict")
     for key, value in found.items():
         name = shown(key)  # the file may be hostile
         if not isinstance(value, PersistentObject):
@@ -239,7 +186,10 @@ def inspect(config: InspectConfig) -> None:
 
 def reproduce(config: ReproduceConfig) -> None:
     """Run the quick experiment with its baselines, and print results and claims with intervals."""
-    with _user_errors():
+    with _user_errors(config):
+        _folder(config.output)
+        from decathlon.sid import experiment
+
         experiment.reproduce(config)
 
 
@@ -247,24 +197,34 @@ def reproduce(config: ReproduceConfig) -> None:
 
 
 def _load(config: GenerateConfig | EvaluateConfig) -> SiDPipeline:
+    import torch
+
+    from decathlon.sid.sources import load_pipeline
+    from decathlon.sid.training import find_device
+
+    device = torch.device(find_device(config.device))
     pipeline = load_pipeline(config.model, config.key)
     pipeline.generator.eval().requires_grad_(False)
-    return pipeline.to(torch.device(training.find_device(config.device)))
+    return pipeline.to(device)
 
 
 def _sampler(config: GenerateConfig | EvaluateConfig, pipeline: SiDPipeline) -> Any:
+    from decathlon.sid.trials import sampler
+
     return sampler(config.steps, _init_sigma(config.init_sigma, pipeline))
 
 
 def _init_sigma(given: float | None, pipeline: Any) -> float:
     sigma = float(pipeline.config.init_sigma) if given is None else given
-    if not sigma > 0:
-        raise UserError(f"init_sigma must be above 0, got {sigma}")
+    if not 0 < sigma < math.inf:
+        raise UserError(f"init_sigma must be above 0 and finite, got {sigma}")
     return sigma
 
 
 def _shortened(value: object) -> str:
     """What a checkpoint holds, fit for a terminal."""
+    from decathlon.sid.unpickler import printable
+
     return printable(" ".join(repr(value)[:_MAX_SHOWN].split()))
 
 
@@ -274,10 +234,15 @@ def _at_least(**numbers: int | None) -> None:
             raise UserError(f"{name} must be at least 1, got {number}")
 
 
+def _folder(output: str) -> Path:
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file: name a folder")
+    return folder
+
+
 def _check_pipeline_target(folder: Path) -> None:
     """A folder may be written if it is new, empty, or holds an earlier pipeline and nothing else."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: name a folder")
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     earlier = inside == {"model_index.json", "generator"} and "SiDPipeline" in (folder / "model_index.json").read_text()
     if inside and not earlier:
@@ -285,26 +250,40 @@ def _check_pipeline_target(folder: Path) -> None:
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
+def _user_errors(config: Any) -> Iterator[None]:
     """What the package refuses in the user's files or options is the user's to mend; warnings are one line each."""
+    for field in dataclasses.fields(config):
+        if getattr(config, field.name) == "":
+            raise UserError(f"{field.name} is empty: give it a value, or leave it out")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             yield
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError, ImportError) as error:
+        except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+            from decathlon.sid.learner import DivergenceError
+            from decathlon.sid.unpickler import printable
+
+            if isinstance(error, RuntimeError) and not isinstance(error, DivergenceError):
+                raise
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise UserError(printable(" ".join(str(text).split()))) from error
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     if os.environ.get("RANK", "0") == "0":
+        from decathlon.sid.unpickler import printable
+
         print(f"warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _arguments(argv: Sequence[str]) -> list[str]:
-    """`convert A B` as `convert --model A --output B`, and --feature-extractor as --feature_extractor."""
+    """`convert A B` as `--model A --output B`, --feature-extractor as --feature_extractor, --betas 0 0.9 as a list.
+
+    Raises:
+        UserError: If the model comes after the options.
+    """
     name, *rest = list(argv) or [""]
     named: list[str] = []
     for flag in _POSITIONAL.get(name, ()):
@@ -312,12 +291,29 @@ def _arguments(argv: Sequence[str]) -> list[str]:
             break
         named += [f"--{flag}", rest.pop(0)]
     flags = [re.sub(r"^--[a-z-]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in rest]
+    for place, flag in enumerate(flags):
+        pair = flags[place + 1 : place + 3]
+        if flag in _PAIRS and len(pair) == 2 and not any(word.startswith(("--", "[")) for word in pair):
+            flags[place + 1 : place + 3] = [f"[{','.join(pair)}]"]
+    known = ("--model", "--config", "--print_config", "--help", "-h")
+    if name in _POSITIONAL and flags and not named and not any(word.split("=")[0] in known for word in flags):
+        raise UserError(f"{name}: put the model first, as in `decathlon-sid {name} MODEL {flags[0]} ...`")
     return [*([name] if name else []), *named, *flags]
 
 
 @terminating_as_interrupting()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C or SIGTERM."""
+    try:
+        from decathlon.shared.config import run_cli
+
+        arguments = _arguments(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return run_cli(
         "decathlon-sid",
         "Score identity Distillation: one-step generators from pretrained diffusion models, without data.",
@@ -329,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "inspect": inspect,
             "reproduce": reproduce,
         },
-        _arguments(sys.argv[1:] if argv is None else argv),
+        arguments,
     )
 
 

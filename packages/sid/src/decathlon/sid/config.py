@@ -8,6 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
+MAX_SEED = 2**63
+"""Seeds lie below it."""
+
+_MAX_KIMG = 1e15
 _NO_MATTER = ("output_dir", "snapshot_kimg", "eval_kimg", "log_kimg", "keep_last")  # for the course of the training
 
 
@@ -91,17 +95,19 @@ class SiDConfig:
         self.betas, self.g_betas = (_betas(name, getattr(self, name)) for name in ("betas", "g_betas"))
         _check(self, "alpha", math.isfinite, "finite")
         _check(self, "tmax", lambda v: 0 < v <= 1000, "in (0, 1000]")
-        for name in ("init_sigma", "lr", "glr", "loss_scaling", "loss_scaling_G", "P_std", "total_kimg", "eps"):
+        for name in ("init_sigma", "lr", "glr", "loss_scaling", "loss_scaling_G", "P_std", "eps", "ema_halflife_kimg"):
             _check(self, name, lambda v: 0 < v < math.inf, "above 0 and finite")
-        for name in ("ema_halflife_kimg", "snapshot_kimg", "eval_kimg", "log_kimg"):
-            _check(self, name, lambda v: v > 0, "above 0")
-        _check(self, "ema_rampup_ratio", lambda v: v >= 0, "at least 0")
+        _check(self, "total_kimg", lambda v: 0 < v <= _MAX_KIMG, f"above 0 and finite, at most {_MAX_KIMG:g}")
+        for name in ("snapshot_kimg", "eval_kimg", "log_kimg"):
+            _check(self, name, lambda v: 1e-6 <= v < math.inf, "above 0 and finite, at least 1e-6")
+        _check(self, "ema_rampup_ratio", lambda v: 0 <= v < math.inf, "at least 0 and finite")
         _check(self, "P_mean", math.isfinite, "finite")
         for name in ("augment_p", "lr_min_ratio"):
             _check(self, name, lambda v: 0 <= v <= 1, "in [0, 1]")
         for name in ("batch_size", "batch_gpu", "fake_steps_per_generator_step", "keep_last"):
             _check_integer(self, name, 1)
-        _check_integer(self, "seed", 0)
+        _check_integer(self, "seed", 0, MAX_SEED)
+        check_bools(self, "share_generator_forward")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
@@ -168,8 +174,8 @@ class TeacherConfig:
         """Check every field."""
         for name in ("steps", "batch_size"):
             _check_integer(self, name, 1)
-        for name in ("warmup_steps", "seed"):
-            _check_integer(self, name, 0)
+        _check_integer(self, "warmup_steps", 0)
+        _check_integer(self, "seed", 0, MAX_SEED)
         for name in ("lr", "P_std"):
             _check(self, name, lambda v: 0 < v < math.inf, "above 0 and finite")
         _check(self, "P_mean", math.isfinite, "finite")
@@ -198,12 +204,21 @@ def _check(config: Any, name: str, accepts: Any, words: str) -> None:
     setattr(config, name, value if type(value) is int else float(value))
 
 
-def _check_integer(config: Any, name: str, least: int) -> None:
+def check_bools(config: Any, *names: str) -> None:
+    """ValueError unless these fields are True or False."""
+    for name in names:
+        if not isinstance(value := getattr(config, name), bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_integer(config: Any, name: str, least: int, limit: float = math.inf) -> None:
     value = getattr(config, name)
     if value is None and name == "batch_gpu":
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if int(value) >= limit:
+        raise ValueError(f"{name} must be below 2**63, got {value}")
     setattr(config, name, int(value))
 
 

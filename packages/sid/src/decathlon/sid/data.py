@@ -19,6 +19,9 @@ DATA_VARIABLE = "DECATHLON_DATA"
 """Environment variable with the folder that holds `images/mnist-test.npz`."""
 
 MNIST_FILE = "images/mnist-test.npz"
+GRID = "grid.png"
+"""What `generate` writes beside its images; no image of a set."""
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 """Of the files that are read in a folder."""
 
@@ -119,7 +122,7 @@ def load_npz(path: str | os.PathLike[str]) -> ImageSet:
 def load_folder(path: str | os.PathLike[str]) -> ImageSet:
     """The images in a folder and in the folders within, in the order of their names; without classes.
 
-    They are grey if the first one is, else RGB.
+    They are grey if the first one is, else RGB. The `grid.png` of the command `generate` is left out.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -127,7 +130,7 @@ def load_folder(path: str | os.PathLike[str]) -> ImageSet:
     """
     from PIL import Image, UnidentifiedImageError
 
-    files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in SUFFIXES and f.name != GRID)
     if not files:
         raise FileNotFoundError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder")
     mode = ""

@@ -24,6 +24,7 @@ Images: TypeAlias = Tensor | NDArray[Any] | Iterable[Tensor | NDArray[Any]]
 Statistics: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 
 _TOLERANCE = 1.1
+_ROUNDING = 1e-3  # of a covariance that was summed in float32, as a share of its largest entry
 _LEVELS = 2**30  # of a uniform number
 
 
@@ -68,6 +69,7 @@ class FrechetEvaluator:
         device: Where the extractor runs; where it is by default.
 
     Raises:
+        TypeError: If the extractor cannot be called, or there are no real images.
         FileNotFoundError: If a file of statistics is missing.
         ValueError: If it has no mu and sigma, images are not in [-1, 1], or there are fewer than two.
     """
@@ -83,16 +85,19 @@ class FrechetEvaluator:
         label_probs: Sequence[float] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if not callable(feature_extractor) or real_images is None:
+            raise TypeError("a FrechetEvaluator takes a feature extractor that can be called, and real images")
         if device is not None and isinstance(feature_extractor, nn.Module):
             feature_extractor = feature_extractor.to(device)
         self.feature_extractor = feature_extractor
         self.num_images, self.batch_size, self.sampler = num_images, batch_size, sampler
         self.label_probs = label_probs
         self.num_real: int | None = None
+        self._shape: tuple[int, ...] | None = None  # of a real image
         if isinstance(real_images, str | os.PathLike | Mapping):
             self._mean, self._covariance = read_statistics(real_images)
         else:
-            features = extract_features(feature_extractor, real_images, batch_size)
+            features = extract_features(feature_extractor, self._noting_shape(real_images), batch_size)
             self.num_real = len(features)
             self._mean, self._covariance = feature_stats(features)
 
@@ -105,19 +110,36 @@ class FrechetEvaluator:
             seeds: The seeds instead, one for each image.
 
         Raises:
-            ValueError: For fewer than 2 images, images or features that are not finite, label_probs that do not fit, or
-                a number of features other than that of the real ones.
+            ValueError: As `check`; for fewer than 2 images, or images or features that are not finite.
         """
+        self.check(net)
         seeds = range(self.num_images if n is None else n) if seeds is None else seeds
         mean, covariance = feature_stats(self.features(net, seeds))
-        if mean.shape != self._mean.shape:
-            raise ValueError(
-                f"the real statistics are of {len(self._mean)} features, but {extractor_name(self.feature_extractor)} "
-                f"gives {len(mean)}: they belong to another extractor"
-            )
         value = frechet_distance(mean, covariance, self._mean, self._covariance)
         ends = int(seeds[0]), int(seeds[-1])
         return FrechetResult(value, len(seeds), self.num_real, extractor_name(self.feature_extractor), ends)
+
+    def check(self, net: nn.Module) -> None:
+        """See whether images of a network can be measured, without making any.
+
+        Raises:
+            ValueError: If they are of another size than the real ones, the extractor does not take them or gives
+                another number of features than of the real ones, or label_probs do not fit the network.
+        """
+        check_fit(net, self.feature_extractor, self._shape, len(self._mean))
+        _class_probabilities(net, self.label_probs)
+
+    def _noting_shape(self, images: Images) -> Images:
+        if isinstance(images, Tensor | np.ndarray):
+            self._shape = tuple(images.shape[1:])
+            return images
+
+        def batches() -> Iterator[Tensor | NDArray[Any]]:
+            for batch in images:
+                self._shape = np.shape(batch)[1:]
+                yield batch
+
+        return batches()
 
     def features(self, net: nn.Module, seeds: Sequence[int]) -> Tensor:
         """Features of the images that a network makes from seeds, [N, D]."""
@@ -128,6 +150,34 @@ class FrechetEvaluator:
             sampler=self.sampler,
             batch_size=self.batch_size,
             label_probs=self.label_probs,
+        )
+
+
+def check_fit(net: Any, extractor: Extractor, real: Sequence[int] | None, width: int) -> None:
+    """See whether images of a network can be compared with real ones, without making any.
+
+    Args:
+        net: Called as `EDMPrecond`.
+        extractor: From uint8 [N, C, H, W] to [N, D].
+        real: Shape of a real image, [C, H, W]; None if only statistics are known.
+        width: Number of features of the real ones, D.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    shape, name = [net.img_channels, net.img_resolution, net.img_resolution], extractor_name(extractor)
+    if real is not None and list(real) != shape:
+        raise ValueError(f"the network makes images {shape}, but the real ones are {list(real)} (channels, size)")
+    try:
+        found = extract_features(extractor, torch.zeros(2, *shape, dtype=torch.uint8)).shape[1]
+    except ValueError:
+        raise
+    except Exception as error:  # of an extractor of any kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ValueError(f"{name} does not take images {shape} (channels, size): {reason}") from error
+    if found != width:
+        raise ValueError(
+            f"the real statistics are of {width} features, but {name} gives {found}: they belong to another extractor"
         )
 
 
@@ -158,10 +208,7 @@ def generated_features(
     """
     if len(seeds) < 2:
         raise ValueError(f"at least 2 images are needed for a covariance, got {len(seeds)}")
-    if label_probs is not None and not (min(label_probs, default=1) >= 0 and sum(label_probs) > 0):
-        raise ValueError(f"label_probs must be probabilities that add up to 1, got {list(label_probs)}")
-    known: Any = net
-    probs = None if label_probs is None else label_probabilities(label_probs, known.label_dim)
+    probs = _class_probabilities(net, label_probs)
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
@@ -169,6 +216,14 @@ def generated_features(
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _class_probabilities(net: Any, label_probs: Sequence[float] | None) -> Tensor | None:
+    if label_probs is None:
+        return None
+    if not (min(label_probs, default=1) >= 0 and sum(label_probs) > 0):
+        raise ValueError(f"label_probs must be probabilities that add up to 1, got {list(label_probs)}")
+    return label_probabilities(label_probs, net.label_dim)
 
 
 @torch.no_grad()
@@ -208,6 +263,7 @@ def extract_features(extractor: Extractor, images: Images, batch_size: int = 256
     Raises:
         ValueError: If there are no images, or they have another shape or type, or NaN or infinity; also if floats that
             are given in one are not in [-1, 1]. Those of batches are cut off, as generated ones go a little beyond.
+            If the extractor gives another number of rows than there are images.
     """
     if isinstance(images, Tensor | np.ndarray):
         whole = torch.as_tensor(images)
@@ -227,6 +283,11 @@ def extract_features(extractor: Extractor, images: Images, batch_size: int = 256
             raise ValueError(f"images must be uint8, or floats in [-1, 1], got {batch.dtype}")
         features = extractor(batch.to(device))
         features = features[0] if isinstance(features, tuple | list) else features
+        if len(features) != len(batch):
+            raise ValueError(
+                f"{extractor_name(extractor)} gives {len(features)} rows of features for {len(batch)} images: "
+                "expected one for each"
+            )
         found.append(features.flatten(1))
     if not found:
         raise ValueError("there are no images")
@@ -246,7 +307,7 @@ def read_statistics(source: Statistics) -> tuple[Tensor, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no npz file with mu and sigma, or these have other shapes.
+        ValueError: If it is no npz file with mu and sigma, these have other shapes, or sigma is no covariance.
     """
     name = "the mapping"
     if not isinstance(source, Mapping):
@@ -268,4 +329,9 @@ def read_statistics(source: Statistics) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"{name}: mu must be [D] and sigma [D, D], got {list(mean.shape)} and {list(covariance.shape)}"
         )
+    if not bool(mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"{name}: mu and sigma must be finite, got NaN or infinity")
+    size = float(covariance.abs().max()) * _ROUNDING
+    if float((covariance - covariance.T).abs().max()) > size or float(torch.linalg.eigvalsh(covariance)[0]) < -size:
+        raise ValueError(f"{name}: sigma must be a covariance: symmetric, and no eigenvalue below 0")
     return mean, covariance

@@ -6,16 +6,19 @@ Every finished cell is stored at once, so a run that was stopped goes on where i
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from joblib import Parallel, delayed, parallel_config
 
 from decathlon.shared.errors import UserError
-from decathlon.shared.files import atomic_path
+from decathlon.shared.files import atomic_path, locked
 from decathlon.shared.intervals import Interval
 from decathlon.shared.progress import progress
 from decathlon.shared.records import (
@@ -30,7 +33,9 @@ from decathlon.shared.records import (
 from decathlon.shared.rundir import RunDirectory
 from decathlon.sid.claims import Results, curves, distance, judge, label, of, paper_table, teacher_label
 from decathlon.sid.figures import draw
-from decathlon.sid.protocol import TEACHER, Cell, Recipe, expected_seconds, floor, plan, prepare, read_data, run_cell
+from decathlon.sid.options import ReproduceConfig
+from decathlon.sid.protocol import TEACHER, Cell, check_recipe, expected_seconds, floor, plan, prepare, run_cell
+from decathlon.sid.recipe import Recipe
 
 NOTES = [
     "fd: Frechet distance between features of generated and of real images, of the averaged generator; raw_fd: of the "
@@ -38,18 +43,6 @@ NOTES = [
     "Intervals are over seeds; of the teacher and of a single run over resamples of the images.",
     "sample_seconds: CPU time of one thread for 1000 images, features included; train_seconds: of a distillation.",
 ]
-
-
-@dataclass(frozen=True)
-class ReproduceConfig(Recipe):
-    """Options of `reproduce`: a recipe, and how to run it."""
-
-    output: str = "runs/sid/quick"
-    """Run directory."""
-    resume: bool = False
-    """Go on with a run that was stopped: what it finished is kept, and the figures come out the same."""
-    jobs: int = 2
-    """Processes."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +89,20 @@ def run(recipe: Recipe, output: str | Path, *, resume: bool = False, jobs: int =
         jobs: Processes.
 
     Raises:
-        UserError: If the directory holds another run, `jobs` is below 1, or the data do not fit.
+        UserError: If the directory holds another run or one goes on in it, `jobs` is below 1, the recipe cannot be run
+            or the data do not fit it, or a process was killed.
         FileNotFoundError: If there are no such data.
     """
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
-    read_data(recipe)  # before anything is written
+    if Path(output).exists() and not Path(output).is_dir():
+        raise UserError(f"output {output} is a file: name a folder")
+    check_recipe(recipe)
+    with locked(output):
+        return _run(recipe, output, resume, jobs)
+
+
+def _run(recipe: Recipe, output: str | Path, resume: bool, jobs: int) -> Outcome:
     # of the caller's options only what decides the figures
     settings = {name: value for name, value in asdict(recipe).items() if name in Recipe.__dataclass_fields__}
     directory = RunDirectory(Path(output), settings, resume=resume)
@@ -133,19 +134,33 @@ def _file(folder: Path, cell: Cell) -> Path:
     return folder / f"{cell.name}.json"
 
 
-def _finish(recipe: Recipe, folder: Path, cells: list[Cell], jobs: int) -> Iterable[Cell]:
+def _finish(recipe: Recipe, folder: Path, cells: list[Cell], jobs: int) -> Iterator[Cell]:
     """Run cells, in this process or in others, and yield each one when its file is there."""
     if jobs == 1:
-        return (_run_and_store(recipe, folder, cell) for cell in cells)
-    with parallel_config("loky", initializer=_leave_signals_to_the_parent):
+        for cell in cells:
+            yield _run_and_store(recipe, folder, cell)
+        return
+    with parallel_config("loky", initializer=_enter, initargs=(os.getpid(),)):
         workers = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="all")
-        return workers(delayed(_run_and_store)(recipe, folder, cell) for cell in cells)
+        done = workers(delayed(_run_and_store)(recipe, folder, cell) for cell in cells)
+    try:
+        yield from done
+    except BrokenProcessPool as error:
+        raise UserError("a process was killed, perhaps for want of memory: give fewer --jobs, and --resume") from error
 
 
-def _leave_signals_to_the_parent() -> None:
-    """A process that is ended by its parent in any case need not print a traceback at Ctrl-C first."""
+def _enter(parent: int) -> None:
+    """What a process does first: it leaves signals to its parent, which ends it in any case, and ends with it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A killed parent must not leave processes that go on writing to its run directory."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run_and_store(recipe: Recipe, folder: Path, cell: Cell) -> Cell:

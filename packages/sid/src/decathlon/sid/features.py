@@ -93,6 +93,7 @@ class DigitsFeatures(nn.Module):
 
     def __init__(self, num_classes: int = 10, resolution: int = 8) -> None:
         super().__init__()
+        self.resolution = resolution
         self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, 3, stride=2, padding=1)
         self.conv3 = nn.Conv2d(64, 64, 3, stride=2, padding=1)
@@ -100,7 +101,10 @@ class DigitsFeatures(nn.Module):
         self.classes = nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features [N, 32] of images [N, 1, R, R], uint8 or in [-1, 1]."""
+        """Features [N, 32] of images [N, 1, R, R], uint8 or in [-1, 1]; ValueError for images of another shape."""
+        if images.shape[1:] != (1, self.resolution, self.resolution):
+            size = f"{self.resolution} x {self.resolution}"
+            raise ValueError(f"{self.name}: it takes grey images of {size}, got {list(images.shape[1:])}")
         x = images / 127.5 - 1 if images.dtype == torch.uint8 else images
         for conv in (self.conv1, self.conv2, self.conv3):
             x = F.relu(conv(x))

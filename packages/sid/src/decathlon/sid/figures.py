@@ -12,7 +12,8 @@ from decathlon.shared.files import atomic_path
 from decathlon.shared.intervals import bootstrap_mean
 from decathlon.shared.plots import PALETTE, save_figure, use_style
 from decathlon.sid.claims import Results, curves, label, of, teacher_label
-from decathlon.sid.protocol import TEACHER, Cell, Recipe, alpha_of
+from decathlon.sid.protocol import TEACHER, Cell
+from decathlon.sid.recipe import Recipe, alpha_of
 
 _ROWS, _COLUMNS = 4, 12
 _DASHES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (1, 1.5)))

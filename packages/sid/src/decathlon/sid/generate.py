@@ -12,28 +12,51 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from decathlon.shared.errors import UserError
 from decathlon.shared.files import atomic_path
 from decathlon.shared.progress import progress
+from decathlon.sid.config import MAX_SEED
+from decathlon.sid.data import GRID
 from decathlon.sid.evaluate import Sampler
 from decathlon.sid.sampling import seeded_latents, to_uint8
 
-GRID = "grid.png"
 _GRID_IMAGES = 256
+_MOST = 10_000_000  # seeds at a time
+_OURS = re.compile(rf"\d{{6,}}\.png|{re.escape(GRID)}")
 
 
 def parse_seeds(text: str) -> list[int]:
     """Seeds from text such as "0-63", "5" or "1,3,10-12".
 
     Raises:
-        ValueError: For anything else.
+        ValueError: For anything else, seeds from 2^63 on, or more than can be wanted.
     """
     seeds: list[int] = []
     for part in str(text).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
             raise ValueError(f"seeds must be such as 0-63 or 1,3,10-12, got {text!r}")
-        seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= MAX_SEED:
+            raise ValueError(f"seeds must be below 2**63, got {last}")
+        if len(seeds) + last - first >= _MOST:
+            raise ValueError(f"seeds {text} are more than {_MOST:,} images: make them in several calls")
+        seeds.extend(range(first, last + 1))
     return seeds
+
+
+def earlier_images(folder: Path, overwrite: bool) -> list[Path]:
+    """Images of an earlier call in a folder, which are to be removed.
+
+    Raises:
+        UserError: If there are some and `overwrite` is False, or the folder holds other files.
+    """
+    found = sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if others := [path.name for path in found if not _OURS.fullmatch(path.name)]:
+        raise UserError(f"{folder} holds other files, such as {others[0]}: name a new folder")
+    if found and not overwrite:
+        raise UserError(f"{folder} holds images of an earlier call: give --overwrite to replace them, or a new folder")
+    return found
 
 
 @torch.no_grad()
@@ -45,20 +68,24 @@ def generate_images(
     sample: Sampler,
     batch_size: int = 64,
     class_label: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write an image for each seed, `000000.png` and so on, and a grid; it depends on its seed alone.
 
     Args:
         net: Called as `EDMPrecond`; on its device the images are made.
         seeds: One for each image.
-        folder: Where they go; files of the same seeds are replaced.
+        folder: Where they go.
         sample: How images are made.
         batch_size: Images at a time.
         class_label: Class of all images; None draws each by its seed where the network has classes.
+        overwrite: Whether images of an earlier call in the folder are replaced, all of them.
 
     Raises:
-        ValueError: If the network has no such class, or makes other images than grey or RGB ones.
+        UserError: As `earlier_images`.
+        ValueError: If the network has no such class, makes other images than grey or RGB ones, or NaN or infinity.
     """
+    earlier = earlier_images(folder, overwrite)
     label_dim, channels, resolution = (int(getattr(net, n)) for n in ("label_dim", "img_channels", "img_resolution"))
     if class_label is not None and not 0 <= class_label < label_dim:
         known = f"classes 0 to {label_dim - 1}" if label_dim else "no classes"
@@ -75,7 +102,16 @@ def generate_images(
             if classes is not None:
                 classes = classes if class_label is None else torch.full_like(classes, class_label)
                 labels = nn.functional.one_hot(classes, label_dim).to(device, torch.float32)
-            pixels = to_uint8(sample(net, latents.to(device), labels)).cpu().numpy()
+            images = sample(net, latents.to(device), labels)
+            finite = images.flatten(1).isfinite().all(1)
+            if not bool(finite.all()):
+                raise ValueError(
+                    f"the image of seed {chosen[int(finite.int().argmin())]} has NaN or infinity: "
+                    "the network has diverged or is damaged"
+                )
+            while earlier:
+                earlier.pop().unlink()
+            pixels = to_uint8(images).cpu().numpy()
             for seed, image in zip(chosen, pixels, strict=True):
                 write_png(folder / f"{seed:06d}.png", image)
             shown.extend(pixels[: max(_GRID_IMAGES - start, 0)])

@@ -12,6 +12,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from decathlon.sid.processes import Processes
 
 
+class DivergenceError(RuntimeError):
+    """A training that has come to NaN or infinity."""
+
+
 class Learner:
     """One of the two networks of the distillation, and what moves it.
 

@@ -33,10 +33,14 @@ def as_one_hot(class_labels: Tensor | None, label_dim: int) -> Tensor | None:
         [N, L], or None where there is nothing to condition on.
 
     Raises:
+        TypeError: for what is no tensor.
         ValueError: if an unconditional network is given labels, a row has another width, or an id is out of range.
     """
     if class_labels is None:
         return None
+    if not isinstance(class_labels, Tensor):
+        kind = type(class_labels).__name__
+        raise TypeError(f"class_labels must be a tensor, of integer ids [N] or rows [N, {label_dim}], got a {kind}")
     if class_labels.ndim == 2:
         width = class_labels.shape[1]
         if width != label_dim:
@@ -112,7 +116,7 @@ class EDMPrecond(ModelMixin, ConfigMixin):  # type: ignore[misc]  # The two disa
 
     Raises:
         TypeError: for an unknown keyword, or one that the architecture lacks.
-        ValueError: for an unknown model_type or an argument that the U-Net refuses.
+        ValueError: for an unknown model_type, images without a pixel, or an argument that the U-Net refuses.
     """
 
     _supports_gradient_checkpointing = False
@@ -145,6 +149,9 @@ class EDMPrecond(ModelMixin, ConfigMixin):  # type: ignore[misc]  # The two disa
         resample_filter: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        for name, number in (("img_resolution", img_resolution), ("img_channels", img_channels)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         if model_type not in ARCHITECTURES:
             raise ValueError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {model_type!r}")
         arguments = {

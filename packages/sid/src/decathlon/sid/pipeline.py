@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +22,17 @@ class SiDPipeline(DiffusionPipeline):
     Args:
         generator: The generator, called as `EDMPrecond`. In train mode it makes images with dropout: `eval()` it first.
         init_sigma: Noise level that it was trained for.
+
+    Raises:
+        ValueError: If init_sigma is not above 0 and finite.
     """
 
     generator: nn.Module
 
     def __init__(self, generator: nn.Module, init_sigma: float = 2.5) -> None:
         super().__init__()
+        if not 0 < init_sigma < math.inf:
+            raise ValueError(f"init_sigma must be above 0 and finite, got {init_sigma}")
         self.register_modules(generator=generator)
         self.register_to_config(init_sigma=init_sigma)
 
@@ -64,13 +70,18 @@ class SiDPipeline(DiffusionPipeline):
             `ImagePipelineOutput` with the images in `.images`.
 
         Raises:
-            ValueError: For another output_type, latents of another shape, or classes that do not fit.
+            ValueError: For another output_type, latents of another shape, or classes that do not fit; for a batch_size
+                that is no whole number of at least 1, or another number of generators.
         """
         net: Any = self.generator
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be one of pil, np, pt, got {output_type!r}")
         shape = (batch_size, net.img_channels, net.img_resolution, net.img_resolution)
         generators = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
+        if isinstance(generators, list) and len(generators) != batch_size:
+            raise ValueError(f"generator has {len(generators)} entries, batch_size is {batch_size}")
         if latents is None:
             latents = randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
         elif tuple(latents.shape) != shape:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,14 @@ from decathlon.sid.config import SiDConfig, TeacherConfig
 from decathlon.sid.data import ImageSet, load_images
 from decathlon.sid.evaluate import Sampler, extract_features, generated_features
 from decathlon.sid.features import DigitsFeatures, train_digits_features
+from decathlon.sid.learner import DivergenceError
 from decathlon.sid.metrics import feature_stats, frechet_distance
 from decathlon.sid.networks import EDMPrecond
+from decathlon.sid.recipe import Recipe, alpha_of
 from decathlon.sid.sampling import edm_sampler, sample_one_step, to_uint8
 from decathlon.sid.teacher import train_teacher
 from decathlon.sid.trainer import SiDTrainer
 
-DIFF_INSTRUCT = "diff-instruct"
 TEACHER = "teacher"
 GRID_IMAGES = 48
 """Images that a cell keeps to be shown."""
@@ -43,83 +43,6 @@ _INIT_SIGMA = 2.5
 _RESAMPLES = 40
 _BATCH = 256
 _STEP_SECONDS, _CALL_SECONDS = 0.15, 3e-4  # a training step; a network call for an image
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One experiment."""
-
-    experiment: str = "quick"
-    """Name; the records carry it."""
-    data: str = "digits"
-    """Real images for teacher and comparison, grey and with classes: digits, mnist, or the path of an npz file."""
-    channels: int = 32
-    """Width of the networks at the highest resolution."""
-    channel_mult: list[int] = field(default_factory=lambda: [1, 1])
-    """Width of each level, in multiples of that."""
-    teacher_steps: int = 2000
-    """Training steps of the teacher."""
-    teacher_lr: float = 2e-3
-    """Its learning rate."""
-    teacher_calls: list[int] = field(default_factory=lambda: [1, 9, 17, 35])
-    """Network calls that the teacher is sampled with: 1, or 2 steps - 1 of Heun's method."""
-    methods: list[str] = field(default_factory=lambda: ["sid:1.0"])
-    """sid:ALPHA, such as sid:1.2, or diff-instruct (its gradient with SiD's noise levels and weight)."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds of the distillations."""
-    at_most: dict[str, int] = field(default_factory=dict)
-    """Methods that get the first few of the seeds only, such as sid:1.2: 1."""
-    steps: int = 400
-    """Training steps of a distillation."""
-    batch_size: int = 64
-    """Images in a step, also of the teacher."""
-    lr: float = 1e-4
-    """Learning rate of both networks; it falls along a cosine to a tenth."""
-    ema_halflife_kimg: float = 4.0
-    """Half-life of the average of the generator, in thousands of images."""
-    points: list[int] = field(default_factory=lambda: [10, 25, 50, 100, 200, 300])
-    """Steps after which the averaged generator is measured, besides the first and the last."""
-    num_images: int = 5000
-    """Generated images of a measurement."""
-    smoke: bool = False
-    """Two steps of tiny networks, few images: tries the plumbing, figures mean nothing."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
-        numbers: dict[str, float] = {name: getattr(self, name) for name in _POSITIVE}
-        for name, number in {**numbers, **{f"at_most {k}": v for k, v in self.at_most.items()}}.items():
-            if not number > 0:
-                raise UserError(f"{name} must be above 0, got {number}")
-        for name in ("channel_mult", "methods", "seeds", "teacher_calls"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is empty: give one at least")
-        for name in ("methods", "seeds", "teacher_calls"):
-            if len(set(values := getattr(self, name))) < len(values):
-                raise UserError(f"{name} names one twice: {', '.join(map(str, values))}")
-        for method in (*self.methods, *self.at_most):
-            alpha_of(method)
-        if any(calls < 1 or calls % 2 == 0 for calls in self.teacher_calls):
-            raise UserError(f"teacher_calls must be odd, as Heun's method takes 2 steps - 1, got {self.teacher_calls}")
-        if min(self.seeds) < 0:
-            raise UserError(f"seeds must be at least 0, got {min(self.seeds)}")
-
-    @property
-    def measured_steps(self) -> list[int]:
-        """Steps after which a distillation is measured."""
-        return sorted({0, self.length, *(point for point in self.points if 0 < point < self.length)})
-
-    @property
-    def length(self) -> int:
-        """Steps of a distillation."""
-        return 2 if self.smoke else self.steps
-
-    @property
-    def images(self) -> int:
-        """Images of a measurement."""
-        return 64 if self.smoke else self.num_images
-
-
-_POSITIVE = ("channels", "teacher_steps", "teacher_lr", "steps", "batch_size", "lr", "ema_halflife_kimg", "num_images")
 
 
 @dataclass(frozen=True, order=True)
@@ -138,20 +61,6 @@ class Cell:
     def name(self) -> str:
         """A name fit for a file."""
         return f"{self.method.replace(':', '-')}.{self.seed}"
-
-
-def alpha_of(method: str) -> float | None:
-    """SiD's alpha in the name of a method; None for Diff-Instruct.
-
-    Raises:
-        UserError: For another method.
-    """
-    if method == DIFF_INSTRUCT:
-        return None
-    match = re.fullmatch(r"sid:(-?\d+(?:\.\d+)?)", method)
-    if match is None:
-        raise UserError(f"unknown method {method!r}; known are sid:ALPHA, such as sid:1.2, and {DIFF_INSTRUCT}")
-    return float(match[1])
 
 
 def plan(recipe: Recipe) -> list[Cell]:
@@ -193,6 +102,30 @@ def read_data(recipe: Recipe) -> ImageSet:
     return found
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """See whether a recipe can be run, before anything is written.
+
+    Raises:
+        As `read_data`; UserError for what a training or the network refuses.
+    """
+    data = read_data(recipe)
+    try:
+        _teacher_settings(recipe)
+        for cell in plan(recipe):
+            if cell.method != TEACHER:
+                distillation(recipe, cell)
+        with torch.device("meta"):
+            _network(recipe, data.images.shape[2])
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"the recipe cannot be run: {error}") from error
+
+
+def _teacher_settings(recipe: Recipe) -> TeacherConfig:
+    if recipe.smoke:
+        return TeacherConfig(steps=2, batch_size=4)
+    return TeacherConfig(steps=recipe.teacher_steps, lr=recipe.teacher_lr, batch_size=recipe.batch_size)
+
+
 def teacher_path(recipe: Recipe, folder: Path) -> Path:
     """Where the teacher of a recipe is kept in a run directory, by all that decides it."""
     names = ("data", "channels", "channel_mult", "teacher_steps", "teacher_lr", "batch_size", "smoke")
@@ -216,10 +149,11 @@ def prepare(recipe: Recipe, folder: Path) -> None:
             with atomic_path(extractor_file) as path:
                 save_file(extractor.state_dict(), path)
         if not teacher_path(recipe, folder).is_dir():
-            settings = TeacherConfig(steps=recipe.teacher_steps, lr=recipe.teacher_lr, batch_size=recipe.batch_size)
-            if recipe.smoke:
-                settings = TeacherConfig(steps=2, batch_size=4)
-            teacher: Any = train_teacher(images, config=settings, net=_network(recipe, images.shape[2]))
+            net = _network(recipe, images.shape[2])
+            try:
+                teacher: Any = train_teacher(images, config=_teacher_settings(recipe), net=net)
+            except DivergenceError as error:
+                raise UserError(f"{error}, which is teacher_lr here, and begin anew in another folder") from error
             with atomic_path(teacher_path(recipe, folder)) as path:
                 teacher.save_pretrained(path)
 

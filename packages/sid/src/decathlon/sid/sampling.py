@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decathlon.sid.config import MAX_SEED
 from decathlon.sid.networks import as_one_hot
 from decathlon.sid.objectives import edm_churn_gamma, edm_sigma_steps, probability_flow_slope
 
@@ -23,7 +25,7 @@ def seeded_latents(
     Numbers of a CPU and of a CUDA generator differ: leave `device` at "cpu" for images that are the same everywhere.
 
     Args:
-        seeds: One for each image, taken modulo 2^32.
+        seeds: One for each image, in [0, 2^63); taken modulo 2^32, as in the official code.
         shape: Of a latent, (C, R, R).
         label_dim: Number of classes; 0 for none.
         device: Of the generators and of the result.
@@ -32,12 +34,15 @@ def seeded_latents(
         float32 [N, *shape]; int64 [N] in [0, label_dim), or None without classes.
 
     Raises:
-        ValueError: For no seeds.
+        TypeError: For a seed that is no integer.
+        ValueError: For no seeds, or one out of range.
     """
     latents, classes = [], []
     generator = torch.Generator(device)
     for seed in seeds:
-        generator.manual_seed(int(seed) % 2**32)
+        if not 0 <= (number := operator.index(seed)) < MAX_SEED:
+            raise ValueError(f"seeds must be at least 0 and below 2**63, got {number}")
+        generator.manual_seed(number % 2**32)
         latents.append(torch.randn(tuple(shape), generator=generator, device=device))
         if label_dim:  # from the same generator, after the latent
             classes.append(torch.randint(label_dim, (), generator=generator, device=device))
@@ -118,8 +123,10 @@ def edm_sampler(
         float64 [N, C, R, R].
 
     Raises:
-        ValueError: For num_steps below 1, noise of another shape or classes that do not fit.
+        ValueError: For num_steps below 1, levels out of order, noise of another shape or classes that do not fit.
     """
+    if not 0 <= sigma_min < sigma_max < math.inf:
+        raise ValueError(f"sigma_min and sigma_max must be 0 <= sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
     if noise is not None and noise.shape != (num_steps, *latents.shape):
         raise ValueError(f"noise must be {[num_steps, *latents.shape]}, got {list(noise.shape)}")
     known: Any = net

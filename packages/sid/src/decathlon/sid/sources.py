@@ -82,11 +82,15 @@ def load_pipeline(source: str | os.PathLike[str], key: str = "ema") -> SiDPipeli
         UnsafeCheckpointError: As `load_edm_pickle`.
         KeyError: If a pickle has no such key.
         TypeError: If what is there is no denoiser.
-        ValueError: If a folder is damaged, or its weights are not safetensors.
+        ValueError: If a folder is damaged, or its weights are not safetensors; if a key is given for a folder.
     """
     path = Path(source).expanduser()
     if not path.exists():
         path = _from_hub(str(source))
+    if key != "ema" and path.is_dir():
+        raise ValueError(
+            f"key {key!r} names a network of a pickle, but {source} is a folder, which has one: leave it out"
+        )
     pipeline = SiDPipeline(load_edm_pickle(path, key)) if path.is_file() else _from_folder(path)
     check_denoiser(pipeline.generator)
     return pipeline
@@ -133,7 +137,11 @@ def _from_folder(folder: Path) -> SiDPipeline:
         return SiDPipeline(_network(folder))
     described = _read_json(index)
     if described.get("_class_name") == "SiDPipeline":
-        return SiDPipeline(_network(folder / "generator"), float(described.get("init_sigma", 2.5)))
+        network, given = _network(folder / "generator"), described.get("init_sigma", 2.5)
+        try:
+            return SiDPipeline(network, float(given))
+        except (TypeError, ValueError):
+            raise ValueError(f"{index}: init_sigma must be above 0 and finite, got {given!r}") from None
     return SiDPipeline(_from_unet(folder, folder / "unet" if (folder / "unet").is_dir() else folder))
 
 
@@ -176,11 +184,16 @@ def _from_unet(folder: Path, place: Path) -> DiffusersDenoiser:
 
 
 def _loaded(kind: Any, folder: Path) -> Any:
+    if not any(folder.rglob("*.safetensors")):  # diffusers would log its own words too
+        raise ValueError(f"{folder}: its weights cannot be read as safetensors (there is no such file in it)")
     try:
         return kind.from_pretrained(folder, use_safetensors=True)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder}: its weights cannot be read as safetensors ({reason})") from error
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0][:300]  # what follows is diffusers' advice
+        what = "its weights cannot be read as safetensors"
+        if isinstance(error, ValueError | TypeError):
+            what = "its config.json describes no network that its weights fit"
+        raise ValueError(f"{folder}: {what} ({reason})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

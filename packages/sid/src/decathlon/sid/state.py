@@ -86,7 +86,9 @@ def read_state(folder: str | Path) -> State:
         KeyError,
         TypeError,
     ) as error:
-        raise ValueError(f"{folder / name} is damaged: {' '.join(str(error).split())}") from error
+        # torch's own words for a file that it refuses are an advice to run what is in it
+        reason = "no plain tensors in it" if name == _OPTIMIZERS else " ".join(str(error).split())
+        raise ValueError(f"{folder / name} is damaged: {reason}") from error
     if version > FORMAT:
         raise ValueError(f"{folder} has format {version}, newer than {FORMAT}: upgrade decathlon-sid")
     return State(weights, optimizers, values)

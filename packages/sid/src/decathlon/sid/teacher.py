@@ -15,6 +15,7 @@ from decathlon.sid.augment import AugmentPipe
 from decathlon.sid.config import TeacherConfig
 from decathlon.sid.denoisers import check_denoiser
 from decathlon.sid.draws import seed_torch
+from decathlon.sid.learner import DivergenceError
 from decathlon.sid.networks import EDMPrecond
 from decathlon.sid.objectives import add_noise, edm_sigma, fake_score_loss, scaled_loss
 
@@ -34,10 +35,14 @@ def train_teacher(
         A copy of the network with the averaged weights, frozen: a teacher for `SiDTrainer`.
 
     Raises:
-        TypeError: If the network is no denoiser.
+        TypeError: If the network is no denoiser, images or labels are no tensors, or the config is another one.
         ValueError: For images of another shape or range, or classes that do not fit.
-        RuntimeError: If the training diverges.
+        DivergenceError: If the training diverges.
     """
+    if not isinstance(data, Tensor) or not isinstance(labels, Tensor | None):
+        raise TypeError(f"data must be a float tensor, labels an integer one, got {_kind(data)} and {_kind(labels)}")
+    if not isinstance(config, TeacherConfig | None):
+        raise TypeError(f"config must be a TeacherConfig, got a {_kind(config)}")
     c = config or TeacherConfig()
     net = _small_network(data, labels, c) if net is None else net
     check_denoiser(net)
@@ -83,7 +88,9 @@ def train_teacher(
                     with torch.no_grad():  # also after the last update
                         result = averaged(noisy, sigma, classes, augment_labels)
                     if not (finite & loss.detach().isfinite() & result.isfinite().all()):
-                        raise RuntimeError(f"the teacher's training has diverged by step {step + 1}: lower lr ({c.lr})")
+                        raise DivergenceError(
+                            f"the teacher's training has diverged by step {step + 1}: lower its lr ({c.lr:g})"
+                        )
                     bar.set_postfix(loss=f"{float(loss.detach()):.3g}")
     net.eval()
     return averaged
@@ -132,6 +139,10 @@ def _check_data(net: Any, data: Tensor, labels: Tensor | None) -> None:
             raise ValueError(f"labels has {len(labels)} entries, data {len(data)}")
         if labels.is_floating_point() or labels.min() < 0 or labels.max() >= net.label_dim:
             raise ValueError(f"labels must be integers in [0, {net.label_dim})")
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def _given(labels: Tensor | None) -> str:

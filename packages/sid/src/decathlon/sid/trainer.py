@@ -25,7 +25,8 @@ from decathlon.sid.denoisers import (
     trainable,
 )
 from decathlon.sid.draws import FAKE_SCORE, GENERATOR, DrawSource, SiDDraws
-from decathlon.sid.learner import Learner
+from decathlon.sid.evaluate import FrechetEvaluator
+from decathlon.sid.learner import DivergenceError, Learner
 from decathlon.sid.objectives import (
     add_noise,
     diff_instruct_loss,
@@ -78,9 +79,10 @@ class SiDTrainer:
         nimg: Generated images that the generator has learned from so far.
 
     Raises:
-        TypeError: If the teacher is no denoiser, or, given an `output_dir`, cannot be saved.
+        TypeError: If the teacher is no denoiser, or, given an `output_dir`, cannot be saved, or the config is another.
         ValueError: If the batch cannot be divided among the processes, or not in one round for a shared pass, classes
-            or augmentation do not fit the teacher, or the accelerator brings a gradient scaler.
+            or augmentation do not fit the teacher, the accelerator brings a gradient scaler, or a `FrechetEvaluator`
+            cannot measure the teacher's images.
     """
 
     def __init__(
@@ -94,9 +96,13 @@ class SiDTrainer:
         accelerator: Any = None,
     ) -> None:
         check_denoiser(teacher)
+        if not isinstance(config, SiDConfig | None):
+            raise TypeError(f"config must be a SiDConfig, got a {type(config).__name__}")
         self.config = c = copy.deepcopy(config) if config is not None else SiDConfig()
         if c.output_dir is not None:
             check_savable(teacher)
+        if isinstance(evaluator, FrechetEvaluator):
+            evaluator.check(teacher)  # not after hours
         self.evaluator, self.callbacks = evaluator, tuple(callbacks)
         self.processes = Processes(accelerator, next(teacher.parameters()).device)
         self.device = self.processes.device
@@ -166,7 +172,7 @@ class SiDTrainer:
 
         Raises:
             ValueError: For draws of wrong shapes, or classes that do not fit the teacher.
-            RuntimeError: After `MAX_SKIPPED` steps in a row without a finite sample.
+            DivergenceError: After `MAX_SKIPPED` steps in a row without a finite sample; it is a RuntimeError.
         """
         c, net = self.config, self.teacher
         if draws is not None:
@@ -278,20 +284,31 @@ class SiDTrainer:
         skipped = int(self._skipped[1])
         self._skipped[1] = self._skipped[0]
         if skipped >= MAX_SKIPPED:
-            raise RuntimeError(
-                f"no finite sample in {skipped} steps in a row, the training has diverged: "
-                "go on from an earlier checkpoint with lower lr and glr"
+            if not self._teacher_is_finite():
+                raise DivergenceError(
+                    f"no finite sample in {skipped} steps in a row: the teacher itself makes NaN or infinity of noise, "
+                    "so look at its weights, or take another one"
+                )
+            raise DivergenceError(
+                f"no finite sample in {skipped} steps in a row: the training has diverged, begin anew in another "
+                "folder with lower learning rates (lr, glr)"
             )
         if skipped and not self._warned:
             self._warned = True
             warnings.warn("all samples of a step are NaN or infinite: it is skipped", stacklevel=3)
+
+    @torch.no_grad()
+    def _teacher_is_finite(self) -> bool:
+        drawn, _ = next(iter(self._draws.rounds(None, self.steps, GENERATOR)))
+        return bool(one_step(self.teacher, drawn.z, drawn.labels, self.config.init_sigma).isfinite().any())
 
     # ----------------------------------------------------------------------------------------- the run and its files
 
     def train(self, resume: bool = False) -> TrainResult:
         """Train until `total_kimg`, with log, evaluations and checkpoints as configured.
 
-        Ctrl-C and SIGTERM end it after the step at hand, with a checkpoint.
+        Ctrl-C and SIGTERM end it after the step at hand, or before the next batch of an evaluation, with a checkpoint.
+        There is one before each evaluation too; a run that ended within one goes on with it.
 
         Args:
             resume: Go on from the newest checkpoint in `output_dir`, if there is one. The weights are those of an
@@ -299,7 +316,7 @@ class SiDTrainer:
 
         Raises:
             ValueError: If `output_dir` holds a run and `resume` is False, or one with other settings.
-            RuntimeError: As `step`.
+            DivergenceError: As `step`.
         """
         return run(self, resume)
 
@@ -326,6 +343,8 @@ class SiDTrainer:
             ValueError: If it is damaged, of another teacher, or of other settings: with their names.
         """
         state = read_state(folder)
+        if lacking := {"config", "nimg", "skipped", "best", "history"} - state.values.keys():
+            raise ValueError(f"{folder}/state.json is damaged: it has no {', '.join(sorted(lacking))}")
         changed = self.config.differences(state.values["config"])
         if changed := changed + [
             name for name, value in self._identity.items() if state.values.get(name, ...) != value

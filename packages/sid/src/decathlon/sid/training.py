@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -11,64 +10,14 @@ from tabulate import tabulate
 from torch import nn
 
 from decathlon.shared.errors import UserError
-from decathlon.sid.config import SiDConfig
 from decathlon.sid.evaluate import FrechetEvaluator
 from decathlon.sid.networks import EDMPrecond
+from decathlon.sid.options import TrainConfig
 from decathlon.sid.sources import TEACHERS, load_teacher
 from decathlon.sid.trainer import SiDTrainer, TrainResult
 from decathlon.sid.trials import find_extractor, find_reference, sampler
 
-_SMOKE_STEPS, _SMOKE_IMAGES = 2, 64
-
-
-@dataclass
-class TrainConfig(SiDConfig):
-    """Options of `train`: those of `SiDConfig`, and where everything comes from."""
-
-    output_dir: str | None = field(default=None, init=False)  # it is `output`
-    teacher: str | None = None
-    """Pickle of EDM or SiD, folder of save_pretrained (this package, or a UNet2DModel of diffusers), or a hub id."""
-    teacher_key: str = "ema"
-    """Which network of a pickle."""
-    feature_extractor: str | None = None
-    """TorchScript network for the evaluations each eval_kimg, or digits. None: no evaluation."""
-    reference: str | None = None
-    """What they compare with: npz with mu and sigma, or real images (npz, folder, digits, mnist)."""
-    eval_images: int = 50_000
-    """Images of an evaluation."""
-    device: str = "auto"
-    """Such as cpu or cuda:0; auto takes a GPU if there is one. accelerate's processes have one each."""
-    resume: bool = False
-    """Go on from the newest checkpoint in the output folder, if there is one."""
-    smoke: bool = False
-    """Two steps of a tiny untrained network with the teacher's sizes: tries the plumbing, figures mean nothing."""
-    output: str = "runs/sid/train"
-    """Folder of the run: checkpoints, log, and pipelines of the generator in last and, by evaluation, in best."""
-
-    def __post_init__(self) -> None:
-        """Check every field; a mistake is the user's."""
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if self.teacher is None and not self.smoke:
-            raise UserError("teacher is missing: give a pickle, a folder or a hub id")
-        if (self.feature_extractor is None) != (self.reference is None):
-            raise UserError("feature_extractor and reference go together: give both, or none")
-        if self.eval_kimg is not None and self.reference is None:
-            raise UserError("eval_kimg needs a feature_extractor and a reference")
-        if self.eval_images < 2:
-            raise UserError(f"eval_images must be at least 2, got {self.eval_images}")
-
-    def settings(self, world: int = 1) -> SiDConfig:
-        """Those of the trainer, over so many processes."""
-        settings = SiDConfig(**{f.name: getattr(self, f.name) for f in fields(SiDConfig)} | {"output_dir": self.output})
-        if settings.eval_kimg is None and self.reference is not None:
-            settings.eval_kimg = settings.snapshot_kimg
-        if self.smoke:
-            size = 2 * world
-            settings = replace(settings, batch_size=size, batch_gpu=None, total_kimg=_SMOKE_STEPS * size / 1000)
-        return settings
+_SMOKE_IMAGES = 64
 
 
 def train(config: TrainConfig) -> tuple[TrainResult, SiDTrainer] | None:
@@ -90,9 +39,10 @@ def train(config: TrainConfig) -> tuple[TrainResult, SiDTrainer] | None:
     teacher = _tiny(config) if config.smoke else load_teacher(config.teacher or "", config.teacher_key)
     evaluator = None
     if config.reference is not None:
+        reference = find_reference(config.reference)  # at once, while an extractor may have to be trained
         evaluator = FrechetEvaluator(
             find_extractor(config.feature_extractor),
-            find_reference(config.reference),
+            reference,
             num_images=min(config.eval_images, _SMOKE_IMAGES) if config.smoke else config.eval_images,
             sampler=sampler(None, config.init_sigma),
             label_probs=config.label_probs,
@@ -126,8 +76,9 @@ def find_device(name: str) -> str:
             return "cpu"
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        if torch.empty(0, device=name).device.type == "meta":
+            raise RuntimeError("meta holds no numbers")
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
     return name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from decathlon.shared.errors import UserError
 from decathlon.sid.data import load_digits, load_images
-from decathlon.sid.evaluate import Sampler, extract_features, generated_features, read_statistics
+from decathlon.sid.evaluate import Sampler, check_fit, extract_features, generated_features, read_statistics
 from decathlon.sid.features import DigitsFeatures, TorchScriptFeatures, load_feature_extractor, train_digits_features
 from decathlon.sid.metrics import feature_stats, frechet_distance, inception_score, precision_recall
 from decathlon.sid.sampling import edm_sampler, sample_one_step
@@ -65,7 +65,7 @@ def measure(
     extractor: nn.Module,
     reference: Reference,
     *,
-    trials: Sequence[Sequence[int]],
+    trials: Iterable[Sequence[int]],
     batch_size: int,
     sample: Sampler,
     inception: bool = False,
@@ -88,7 +88,7 @@ def measure(
 
     Raises:
         UserError: If the extractor has no probabilities, or the reference no images, and they are needed.
-        ValueError: As `generated_features` and `read_statistics`.
+        ValueError: As `generated_features`, `check_fit` and `read_statistics`.
     """
     both = _WithProbabilities(extractor) if inception else extractor
     if isinstance(reference, Tensor):
@@ -98,16 +98,13 @@ def measure(
         if nhood_size is not None:
             raise UserError(f"precision and recall need real images, but {reference} holds statistics")
         mean, covariance = read_statistics(reference)
+    check_fit(net, extractor, reference.shape[1:] if isinstance(reference, Tensor) else None, len(mean))
     for seeds in trials:
         # one set of images serves all figures
         features, probabilities = generated_features(net, both, seeds, sampler=sample, batch_size=batch_size), None
         if inception:
             width = both.width
             features, probabilities = features[:, :width], features[:, width:]
-        if features.shape[1] != len(mean):
-            raise UserError(
-                f"the reference has {len(mean)} features, the extractor {features.shape[1]}: they are of different ones"
-            )
         found = {"frechet_distance": frechet_distance(*feature_stats(features), mean, covariance)}
         if probabilities is not None:
             found["inception_score"] = inception_score(probabilities, min(10, len(seeds)))[0]
