@@ -45,7 +45,7 @@ def draw(recipe: Recipe, results: Results, folder: Path) -> Path:
             if method in found:
                 _frontier(axis, method, found[method], draws, limit)
         for kl in recipe.matched_kl:
-            axis.axvline(kl, color=PALETTE[7], linewidth=0.9, linestyle=":", zorder=0)
+            axis.axvline(kl, color=PALETTE[6], linewidth=1.0, linestyle=":", zorder=1)
         axis.set(title=title, xlabel="KL to the reference (nats)", xlim=(0, limit))
         axis.legend(fontsize=9, loc="lower right")
     panels[0].set_ylabel("gold reward of responses to held-out prompts")

@@ -56,7 +56,7 @@ def train_language_model(
 ) -> None:
     """Train a model in place to respond as in a corpus: AdamW, the learning rate falls along a cosine.
 
-    A plain loop: trl's SFTTrainer comes to the same, but for texts this short it takes several times as long.
+    A plain loop: trl's SFTTrainer comes to the same, but for texts this short it starts up for longer than that takes.
 
     Args:
         model: The model.
