@@ -155,7 +155,8 @@ def _finish(recipe: Recipe, folder: Path, cells: Sequence[Cell], jobs: int) -> I
             yield run_and_store(recipe, cell, folder)
         return
     with parallel_config("loky", initializer=_enter, initargs=(os.getpid(),)):
-        workers = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="all")
+        # no more tasks ahead than loky's queue takes: for others it ends in a traceback when it is interrupted
+        workers = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="2 * n_jobs")
         done = workers(delayed(run_and_store)(recipe, cell, folder) for cell in cells)
     try:
         yield from done

@@ -15,6 +15,7 @@ from decathlon.shared.plots import PALETTE, save_figure, use_style
 _LOOK = {"uniform": (PALETTE[6], "s"), "rank": (PALETTE[1], "D"), "ir-dro": (PALETTE[0], "o"),
          "shaped": (PALETTE[3], "^")}  # fmt: skip
 _TRIMMED = PALETTE[2]
+_LINEAR = 0.02  # changes below that are drawn on a linear scale
 
 
 def draw(recipe: Recipe, results: Results, folder: Path) -> Path:
@@ -39,9 +40,9 @@ def draw(recipe: Recipe, results: Results, folder: Path) -> Path:
     caption = (
         f"{recipe.where}, {len(recipe.seeds)} seeds. Left: {measures['worst_decile_loss']} over "
         f"{measures['mean_loss']} of held-out samples, as change from before the training, nats a token, the axes "
-        f"linear near 0 and logarithmic beyond; filled marks: {100 * clean:g} % noise, hollow ones and the ends of "
-        f"arrows: {100 * noisy:g} %; lines join IR-DRO's temperatures. Right: share of the weight that goes to noise, "
-        "dots are seeds; dashed: the share of noise among the samples."
+        f"linear below {_LINEAR:g} and logarithmic beyond; filled marks: {100 * clean:g} % noise, hollow ones and the "
+        f"ends of arrows: {100 * noisy:g} %; lines join IR-DRO's temperatures; numbers are those of the methods. "
+        "Right: share of the weight that goes to noise, dots are seeds; dashed: the share of noise among the samples."
     )
     with atomic_path(path.with_suffix(".txt")) as temporary:
         temporary.write_text(caption + "\n", encoding="utf-8")
@@ -66,8 +67,9 @@ def _look(method: Method) -> tuple[str, str]:
 
 def _losses(axis: Any, recipe: Recipe, methods: dict[str, Method], found: dict[float, dict[str, Any]]) -> None:
     clean, noisy = min(found), max(found)
-    linear = max(0.01, *(float(np.abs(change).max()) for change in found[clean].values()))
-    for name, method in methods.items():
+    from matplotlib import ticker
+
+    for number, (name, method) in enumerate(methods.items(), start=1):
         color, marker = _look(method)
         start, end = found[clean][name], found[noisy][name]
         if clean != noisy:
@@ -75,6 +77,9 @@ def _losses(axis: Any, recipe: Recipe, methods: dict[str, Method], found: dict[f
             axis.annotate("", xy=end, xytext=start, arrowprops=arrow)
             axis.plot(*end, marker, color=color, markerfacecolor="white", markersize=6)
         axis.plot(*start, marker, color=color, markersize=6)
+        places = {tuple(start), tuple(end)}
+        for place in places:
+            axis.annotate(str(number), place, xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)
     curve = sorted(
         (name for name, method in methods.items() if method.strategy == "ir-dro" and not method.trim),
         key=lambda name: methods[name].temperature,
@@ -84,26 +89,27 @@ def _losses(axis: Any, recipe: Recipe, methods: dict[str, Method], found: dict[f
             axis.plot(*np.array([found[noise][name] for name in curve]).T, style, color=PALETTE[0], linewidth=1.2)
     axis.axhline(0, color=PALETTE[7], linewidth=0.9, zorder=0)
     axis.axvline(0, color=PALETTE[7], linewidth=0.9, zorder=0)
-    axis.set_xscale("symlog", linthresh=linear)
-    axis.set_yscale("symlog", linthresh=linear)
+    axis.set_xscale("symlog", linthresh=_LINEAR)
+    axis.set_yscale("symlog", linthresh=_LINEAR)
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=_LINEAR, subs=(1, 2, 5)))
+        scale.set_major_formatter("{x:g}")
+    axis.margins(0.07)
     measures = MEASURES[recipe.experiment]
     axis.set(xlabel=f"change of the {measures['mean_loss']}", ylabel=f"change of the {measures['worst_decile_loss']}")
-    axis.set_title(f"held-out losses, {100 * clean:g} % noise to {100 * noisy:g} %")
-    for name, method in methods.items():
-        axis.annotate(method.label, found[noisy][name], xytext=(6, 3), textcoords="offset points", fontsize=7.5)
+    axis.set_title(f"held-out losses: {100 * clean:g} % noise (filled) to {100 * noisy:g} % (hollow)")
 
 
 def _mass(axis: Any, results: Results, methods: dict[str, Method], noise: float) -> None:
     axis.set_title(f"weight on the noise, {100 * noise:g} % of the samples")
     axis.set(xlim=(0, 1), xlabel="share of the weight")
-    if not noise:
-        return
     for place, (name, method) in enumerate(methods.items()):
-        values = [cell["metrics"]["noise_mass"] for cell in of(results, name, noise)]
+        values = [cell["metrics"].get("noise_mass", 0.0) for cell in of(results, name, noise)]
         color, _ = _look(method)
         axis.barh(place, np.mean(values), color=color, alpha=0.55)
         axis.plot(values, [place] * len(values), ".", color=color)
     axis.axvline(noise, color=PALETTE[6], linestyle="--", linewidth=1.1)
-    axis.set_yticks(range(len(methods)), [method.label for method in methods.values()])
+    labels = [f"{method.label}  {number}" for number, method in enumerate(methods.values(), start=1)]
+    axis.set_yticks(range(len(methods)), labels)
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
