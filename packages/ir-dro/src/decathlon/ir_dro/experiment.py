@@ -144,6 +144,11 @@ def _texts_note(recipe: Recipe, folder: Path) -> Iterator[str]:
     if recipe.experiment == CONTINUAL:
         main, second, rare = domain_names(recipe, folder)
         yield f"Domains: {main} (80 %), {second} (15 %), {rare} (5 %, the rare one); texts {recipe.texts}."
+        if recipe.texts == "python":
+            yield (
+                "The rare domain is harder than the main one, and was chosen so: in a trial of one seed with the sums "
+                "in words as the rare domain, which are easier, IR-DRO 1 without noise raised its loss, 0.949 to 1.005."
+            )
     else:
         yield f"Questions: {'GSM8K' if recipe.texts == 'public' else 'functions of Python and their docstrings'}."
 
