@@ -141,7 +141,7 @@ def _finish(recipe: Recipe, folder: Path, cells: list[Cell], jobs: int) -> Itera
             yield _run_and_store(recipe, folder, cell)
         return
     with parallel_config("loky", initializer=_enter, initargs=(os.getpid(),)):
-        workers = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="all")
+        workers = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="2 * n_jobs")
         done = workers(delayed(_run_and_store)(recipe, folder, cell) for cell in cells)
     try:
         yield from done
