@@ -9,8 +9,9 @@ from trl import DPOConfig, KTOConfig
 
 NAME_CLASH = (
     "this RPO is Relative Preference Optimization (arXiv 2402.10958), which has no such setting. rpo_alpha was trl's "
-    "DPO with an added likelihood term (arXiv 2404.19733): in trl.DPOConfig, or here for an extra term, it is now "
-    'loss_type=["sigmoid", "sft"], loss_weights=[1.0, alpha]'
+    "DPO with an added likelihood term (arXiv 2404.19733): in trl.DPOConfig that is now "
+    'loss_type=["sigmoid", "sft"], loss_weights=[1.0, alpha]; to add the term to this RPO\'s pairs, give RPOConfig '
+    'loss_type=["sft"], loss_weights=[alpha]'
 )
 """What is said to whoever means one of the other methods of that name."""
 

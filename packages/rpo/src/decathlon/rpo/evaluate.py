@@ -156,7 +156,7 @@ def response_logps(
     *,
     batch_size: int = 256,
 ) -> Tensor:
-    """Summed log-probabilities [n] of responses and their end, given their prompts, as trl's trainers take them.
+    """Summed log-probabilities [n] of responses and their end, given their prompts.
 
     Args:
         model: Causal language model.

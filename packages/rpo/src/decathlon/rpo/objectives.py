@@ -197,6 +197,28 @@ def rpo_loss(
     return RPOLossOutput(loss, losses, beta * chosen.detach(), beta * rejected.detach(), logits, weights)
 
 
+def sequence_logps(log_probs: Tensor, completion_mask: Tensor, *, ld_alpha: float | None = None) -> Tensor:
+    """Log-probabilities of responses: the sum of those of their tokens.
+
+    With `ld_alpha` the tokens of a response that go beyond the length of the other one of its pair count that much
+    (LD-DPO, arXiv 2409.06411; beyond the paper).
+
+    Args:
+        log_probs: Of the tokens, [2B, T], 0 outside of the responses; the chosen ones first, then the rejected ones.
+        completion_mask: 1 for the tokens of the responses, [2B, T].
+        ld_alpha: Weight of the tokens beyond the shared length, 0 to 1; None: all count the same.
+
+    Returns:
+        [2B], in nats.
+    """
+    if ld_alpha is None:
+        return log_probs.sum(dim=1)
+    chosen_length, rejected_length = completion_mask.sum(dim=1).chunk(2)
+    shared = torch.minimum(chosen_length, rejected_length).repeat(2)
+    counts = torch.where(completion_mask.cumsum(dim=1) <= shared[:, None], 1.0, ld_alpha)
+    return (log_probs * counts).sum(dim=1)
+
+
 def contrast_metrics(logits: Tensor, weights: Tensor, beta: float, paired: bool) -> dict[str, Tensor]:
     """How a batch was contrasted (beyond the paper).
 

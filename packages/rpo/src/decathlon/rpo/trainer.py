@@ -20,7 +20,7 @@ from decathlon.rpo.contrasting import (
     copy_fields,
 )
 from decathlon.rpo.encoders import PromptEncoder
-from decathlon.rpo.objectives import RPOLossOutput, contrast_metrics
+from decathlon.rpo.objectives import RPOLossOutput, contrast_metrics, sequence_logps
 
 
 class RPOTrainer(ContrastingTrainer, DPOTrainer):
@@ -131,7 +131,9 @@ class RPOTrainer(ContrastingTrainer, DPOTrainer):
             result = super()._compute_loss(recorder, inputs, return_outputs)
         added, outputs = result if return_outputs else (result, None)
 
-        chosen, rejected = self._sequence_logps(recorder.output.log_probs, inputs["completion_mask"]).chunk(2)
+        mask = inputs["completion_mask"][:, 1:]
+        log_probs = recorder.output.log_probs[:, -mask.shape[1] :]  # virtual tokens of prompt learning stand before
+        chosen, rejected = sequence_logps(log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
         loss = added + self._contrast(
             self._gathered(chosen - inputs["ref_chosen_logps"]),
             self._gathered(rejected - inputs["ref_rejected_logps"]),
@@ -140,18 +142,6 @@ class RPOTrainer(ContrastingTrainer, DPOTrainer):
             diagonal_weight=self.args.diagonal_weight,
         )
         return (loss, outputs) if return_outputs else loss
-
-    def _sequence_logps(self, log_probs: Tensor, completion_mask: Tensor) -> Tensor:
-        """Log-probabilities of the responses, [2B], of those of the tokens, which are 0 outside the responses."""
-        mask = completion_mask[:, 1:]
-        log_probs = log_probs[:, -mask.shape[1] :]  # virtual tokens of prompt learning stand before
-        if self.ld_alpha is None:
-            return log_probs.sum(dim=1)
-        # LD-DPO (arXiv 2409.06411): what is longer than the other response of the pair counts ld_alpha
-        chosen_length, rejected_length = mask.sum(dim=1).chunk(2)
-        shared = torch.minimum(chosen_length, rejected_length).repeat(2)
-        counts = torch.where(mask.cumsum(dim=1) <= shared[:, None], 1.0, self.ld_alpha)
-        return (log_probs * counts).sum(dim=1)
 
     def _metrics_of(self, output: RPOLossOutput) -> dict[str, Tensor]:
         metrics = contrast_metrics(output.logits, output.weights, self.beta, paired=True)
