@@ -99,7 +99,7 @@ def effective_sizes(scored: Any, temperatures: Sequence[float], step_samples: in
     rows = []
     for temperature in temperatures:
         weights = torch.stack([ir_dro_weights(step, temperature) for step in steps])
-        effective = torch.stack([effective_sample_size(step) for step in weights]).mean()
+        effective = effective_sample_size(weights.square().sum(dim=1), size).mean()
         rows.append((temperature, float(effective), float(size * weights.max(dim=1).values.mean())))
     return rows
 

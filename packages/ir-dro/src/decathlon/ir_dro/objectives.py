@@ -525,16 +525,17 @@ def shaped_weights(
     return _weights(scores, torch.logsumexp(scores, 0), losses)
 
 
-def effective_sample_size(weights: Tensor) -> Tensor:
-    """1 / (N sum_i q_i^2) over the samples that have a weight: 1 if all have the same, 1/N if one has it all.
+def effective_sample_size(squares: Tensor, count: Tensor | int) -> Tensor:
+    """1 / (N sum_i q_i^2): 1 if all samples have the same weight, 1/N if one has it all.
 
     Args:
-        weights: q, [N], of sum 1.
+        squares: Sums of the squares of the weights q, which sum to 1, of any shape.
+        count: N, the valid samples, of the same shape.
 
     Returns:
-        Scalar; NaN without a sample.
+        Of that shape; NaN or infinite without a sample.
     """
-    return 1 / ((weights > 0).sum() * weights.square().sum())
+    return 1 / (count * squares)
 
 
 # ------------------------------------------------------------------------------------------------------------- parts

@@ -12,6 +12,7 @@ from decathlon.ir_dro.config import DROSettings
 from decathlon.ir_dro.objectives import (
     OnlineNormalizer,
     SampleLosses,
+    effective_sample_size,
     ir_dro_weights,
     linear_rescale,
     rank_weights,
@@ -124,6 +125,6 @@ class Tally:
         largest = rows[..., 7].max(dim=0).values
         kl = surprise + mass.log()
         robust = weighted if temperature is None or math.isinf(temperature) else weighted - temperature * kl
-        figures = torch.stack((loss / count, robust, 1 / (count * squares), count * largest, kl))
+        figures = torch.stack((loss / count, robust, effective_sample_size(squares, count), count * largest, kl))
         means = figures.masked_fill(count == 0, math.nan).nanmean(dim=1)
         return torch.cat((means, torch.stack((count.mean(), nonfinite.mean()))))
