@@ -269,9 +269,7 @@ def test_revisions_go_where_things_are_fetched(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(UserError, match="no network"):
             call()
     assert asked == [("a/data", "v1"), ("a/model", "v2"), ("a/model", "v3"), ("a/model", "v4")]
-    with pytest.raises(
-        UserError, match="hf download Anthropic/hh-rlhf --repo-type dataset --revision v1`, then give hh:"
-    ):
+    with pytest.raises(UserError, match="hf download Anthropic/hh-rlhf --repo-type dataset --revision v1`"):
         read_dataset("hh", revision="v1")
 
 
@@ -495,7 +493,8 @@ def without(words: list[str], *flags: str) -> list[str]:
         (["evaluate", "--samples", "pairs.jsonl"], "give --judge URL"),
         (["evaluate", "model", "--num_prompts", "many"], "num_prompts"),
         (["evaluate", "model", "--dataset_name", "pairs.jsonl", "--batch_size", "0"], "batch_size must be at least 1"),
-        ([*TRAIN, "--dataset_name", "hh", "--dataset_revision", "v1"], "then give hh:PATH"),
+        ([*TRAIN, "--dataset_name", "hh", "--dataset_revision", "v1"], "--repo-type dataset --revision v1"),
+        ([*TRAIN, "--dataset_name", "pairs.jsonl", "--dataset_revision", "v1"], "revision is for data sets of the hub"),
         (["evaluate", "model", "--dataset_name", "pairs.jsonl", "--device", "tpu"], "device 'tpu' is not to be had"),
         (["embed", "absent.jsonl", "out"], "no such file: absent.jsonl"),
         (["embed", "pairs.jsonl"], "output"),

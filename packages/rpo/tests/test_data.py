@@ -240,4 +240,7 @@ def test_what_was_fetched_is_found(load: Any, repo: str, ref: str, file: str, ro
     assert len(load(split="test")) == 1
     with pytest.raises(FileNotFoundError, match=r"on the Hugging Face hub has no .*train"):
         load(split="train")
+    assert len(load(split="test", revision=commit)) == 1
+    with pytest.raises(FileNotFoundError, match=r"hf download .* --revision v9"):
+        load(split="test", revision="v9")
     shutil.rmtree(path.parent)

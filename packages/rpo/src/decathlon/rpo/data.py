@@ -34,6 +34,7 @@ def load_hh(
     split: str = "train",
     data_dir: str | None = None,
     prompt_style: str = "raw",
+    revision: str | None = None,
 ) -> Dataset:
     r"""Dialogues with a better and a worse last answer (arXiv 2204.05862).
 
@@ -47,6 +48,7 @@ def load_hh(
         data_dir: Part of the data, such as "harmless-base"; None takes all that have pairs of dialogues.
         prompt_style: "raw" keeps the text byte for byte; "chat" writes the turns of the prompt as the official code
             does, "\n<|user|>\n" and "\n<|assistant|>\n", without the blanks around a turn.
+        revision: Branch, tag or commit on the hub; None takes the newest.
 
     Returns:
         Texts `prompt`, `chosen` and `rejected`, in the order of the file; of files, in the order of their names.
@@ -57,7 +59,7 @@ def load_hh(
     """
     _check_style(prompt_style)
     part = "*" if data_dir is None else data_dir
-    files = _find(source, split, data_dir, [f"{part}/{split}.jsonl.gz"])
+    files = _find(source, split, data_dir, [f"{part}/{split}.jsonl.gz"], revision)
     read = _read(files, _hh_record)
     pairs = read.map(_split_dialogues, batched=True, desc="Splitting dialogues")
     kept = pairs.filter(_is_full, batched=True, desc="Dropping blanks")
@@ -65,7 +67,13 @@ def load_hh(
     return kept.map(_tag_dialogues, batched=True, desc="Tagging turns") if prompt_style == "chat" else kept
 
 
-def load_tldr(source: str | os.PathLike[str] = TLDR, *, split: str = "train", prompt_style: str = "raw") -> Dataset:
+def load_tldr(
+    source: str | os.PathLike[str] = TLDR,
+    *,
+    split: str = "train",
+    prompt_style: str = "raw",
+    revision: str | None = None,
+) -> Dataset:
     r"""Posts of Reddit with a better and a worse summary: the comparisons of arXiv 2009.01325.
 
     The prompt is the post, without title and without "TL;DR:", as in the official code of RPO. Rows without a post (the
@@ -76,6 +84,7 @@ def load_tldr(source: str | os.PathLike[str] = TLDR, *, split: str = "train", pr
             or .parquet with `info`, `summaries` and `choice`.
         split: "train" or "validation"; "test" is the latter, as in the paper. A file is one of its own.
         prompt_style: "raw" is the post; "chat" puts "\n<|user|>\n" before and "\n<|assistant|>\n" behind it.
+        revision: Branch, tag or commit on the hub with parquet files; None takes the hub's newest conversion.
 
     Returns:
         Texts `prompt`, `chosen` and `rejected`, in the order of the file; of files, in the order of their names.
@@ -89,7 +98,7 @@ def load_tldr(source: str | os.PathLike[str] = TLDR, *, split: str = "train", pr
     split = "validation" if split == "test" else split
     folder = Path(source).expanduser() / "comparisons"
     files = _find(
-        folder if folder.is_dir() else source, split, None, [f"comparisons/{split}/*.parquet"], revision=_PARQUET
+        folder if folder.is_dir() else source, split, None, [f"comparisons/{split}/*.parquet"], revision or _PARQUET
     )
     read = _read(files, _tldr_record)
     posts = read.filter(_has_prompt, batched=True, desc="Dropping rows without a post")
@@ -152,7 +161,7 @@ def _tldr_record(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _find(
-    source: str | os.PathLike[str], split: str, data_dir: str | None, patterns: list[str], revision: str | None = None
+    source: str | os.PathLike[str], split: str, data_dir: str | None, patterns: list[str], revision: str | None
 ) -> list[Path]:
     """The local files of a split, fetched from the hub if need be."""
     path = Path(source).expanduser()

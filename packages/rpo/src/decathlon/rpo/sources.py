@@ -46,16 +46,13 @@ def read_dataset(
         UserError: If it cannot be found, with the ways to give it, or a file cannot be read.
         ValueError: If a file of hh or tldr cannot be read.
     """
+    if revision is not None and is_local(name):
+        raise UserError(f"a revision is for data sets of the hub, and {name} is here: give no --dataset_revision")
     paper, _, path = name.partition(":")
     if paper in PAPERS:
         load, hub_id = PAPERS[paper]
-        if revision is not None:
-            raise UserError(
-                f"dataset_revision is for data sets that are given by their id: `hf download {hub_id} --repo-type "
-                f"dataset --revision {revision}`, then give {paper}:PATH"
-            )
         try:
-            return load(path or hub_id, split=split, prompt_style=prompt_style)
+            return load(path or hub_id, split=split, prompt_style=prompt_style, revision=revision)
         except FileNotFoundError as error:
             raise UserError(f"{error} (--dataset_name {paper}:PATH)") from error
     with _said_plainly(
