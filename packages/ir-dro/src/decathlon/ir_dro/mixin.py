@@ -225,7 +225,18 @@ class IRDROMixin(_Trainer):
         self._weights.append(weights)
         if last:
             whole = Samples(*(torch.cat(parts) for parts in zip(*self._samples, strict=True)))
-            self._tally.add(whole, torch.cat(self._weights))
+            self.record_weights(whole, torch.cat(self._weights))
+
+    def record_weights(self, samples: Samples, weights: Tensor) -> None:
+        """Take in what a step gave its samples, once a step: for the log.
+
+        A subclass that wants the weights themselves overrides this, and calls it.
+
+        Args:
+            samples: Those of this process, N of them.
+            weights: Theirs, [N], which over all processes sum to 1.
+        """
+        self._tally.add(samples, weights)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; returns what the micro-batch adds to the step's loss, so that the log shows that loss."""
@@ -258,7 +269,7 @@ class IRDROMixin(_Trainer):
         model.train(training)
         mine = Samples(*(torch.cat(parts) for parts in zip(*found, strict=True)))
         weights = self._part(whole_weights(self._gather(mine), self.args, plain=self._plain), len(mine.losses))
-        self._tally.add(mine, weights)
+        self.record_weights(mine, weights)
         return list(weights.split([len(samples.losses) for samples in found]))
 
     def _chosen(self, inputs: dict[str, Any], weights: Tensor) -> tuple[dict[str, Any], Tensor]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from decathlon.ir_dro.chunked import ChunkedCrossEntropy
+
 SHAPES = ("quadratic", "linear", "upper", "linupper", "extremes")
 REDUCTIONS = ("mean", "sum")
 _NARROWEST = 1e-6  # of the range of losses, so that equal losses get equal weights
@@ -65,53 +67,6 @@ class OnlineUpdate(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-class _TokenCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of rows of logits, a chunk at a time: no copy of the logits outlives its chunk.
-
-    Forward keeps the logits and the log-normaliser of each row; backward computes the softmax again and writes the
-    gradient in the logits' own precision.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, smoothing: float, chunk: int) -> Tensor:
-        mask = labels != ignore_index
-        targets = labels.masked_fill(~mask, 0)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        losses = torch.empty(labels.shape, dtype=wide, device=logits.device)
-        normalizers = torch.empty_like(losses)
-        for start in range(0, len(labels), chunk):
-            part = slice(start, start + chunk)
-            scores = logits[part].to(wide)
-            torch.logsumexp(scores, dim=1, out=normalizers[part])
-            losses[part] = normalizers[part] - scores.gather(1, targets[part, None]).squeeze(1)
-            if smoothing:
-                uniform = normalizers[part] - scores.mean(dim=1)
-                losses[part] = (1 - smoothing) * losses[part] + smoothing * uniform
-        ctx.save_for_backward(logits, targets, mask, normalizers)
-        ctx.smoothing, ctx.chunk = smoothing, chunk
-        return losses.masked_fill_(~mask, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, targets, mask, normalizers = ctx.saved_tensors
-        result, asked = torch.empty_like(logits), mask & (gradient != 0)
-        in_place = logits.dtype == normalizers.dtype  # then nothing has to be copied
-        for start in range(0, len(targets), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            if in_place:
-                scores = torch.sub(logits[part], normalizers[part, None], out=result[part]).exp_()
-            else:
-                scores = (logits[part].to(normalizers.dtype) - normalizers[part, None]).exp_()
-            if ctx.smoothing:
-                scores -= ctx.smoothing / scores.shape[1]
-            scores.scatter_add_(1, targets[part, None], scores.new_full((len(scores), 1), ctx.smoothing - 1))
-            # where nothing is asked for, nothing comes, not even of logits that are not finite
-            scores.mul_(gradient[part, None]).masked_fill_(~asked[part, None], 0.0)
-            if not in_place:
-                result[part] = scores
-        return result, None, None, None, None
-
-
 def token_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -149,7 +104,7 @@ def token_cross_entropy(
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     if shift:  # of the labels, as the logits would have to be copied
         labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
-    losses: Tensor = _TokenCrossEntropy.apply(
+    losses: Tensor = ChunkedCrossEntropy.apply(
         logits.flatten(0, 1), labels.flatten(), ignore_index, label_smoothing, chunk_tokens
     )
     losses, mask = losses.unflatten(0, labels.shape), labels != ignore_index
@@ -523,6 +478,33 @@ def shaped_weights(
     rescaled = linear_rescale(wide, delta=delta, loss_min=loss_min, loss_max=loss_max)
     scores = _checked_scores(shape_score(rescaled, shape, delta=delta), temperature, valid, prior)
     return _weights(scores, torch.logsumexp(scores, 0), losses)
+
+
+def relative_entropy(weights: Tensor, prior: Tensor) -> Tensor:
+    """The terms q_i ln(q_i / p_i), whose sum is what IR-DRO pays for its weights; 0 where q_i is.
+
+    Args:
+        weights: q, of sum 1, [N].
+        prior: p, above 0 wherever q is, [N].
+
+    Returns:
+        [N]. With a prior that does not sum to 1, ln sum p is to be added to their sum.
+    """
+    return torch.where(weights > 0, weights * (weights / prior.clamp(min=torch.finfo(prior.dtype).tiny)).log(), 0.0)
+
+
+def robust_loss(weighted_loss: Tensor, divergence: Tensor, temperature: float) -> Tensor:
+    """R = sum_i q_i l_i - t KL(q, p), the value of the inner maximum at its solution q.
+
+    Args:
+        weighted_loss: sum_i q_i l_i, of any shape.
+        divergence: KL(q, p), of that shape.
+        temperature: t; infinite ties q to p, and nothing is paid.
+
+    Returns:
+        Of that shape.
+    """
+    return weighted_loss if math.isinf(temperature) else weighted_loss - temperature * divergence
 
 
 def effective_sample_size(squares: Tensor, count: Tensor | int) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, default_data_collator
 from decathlon.ir_dro.config import IRDROConfig
 from decathlon.ir_dro.mixin import IRDROMixin
 from decathlon.ir_dro.trainer import IRDROTrainer
-from decathlon.ir_dro.weighting import Samples, Tally
+from decathlon.ir_dro.weighting import Samples
 from decathlon.shared.errors import UserError
 
 
@@ -60,29 +60,21 @@ class Tuning:
         }
 
 
-class _Kept(Tally):
-    """A tally that keeps the weights of every step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights: list[Tensor] = []
-
-    def add(self, samples: Samples, weights: Tensor) -> None:
-        super().add(samples, weights)
-        self.weights.append(weights.detach())
-
-
 class _KeepingWeights(IRDROMixin):
     """A trainer that keeps the weights of every step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._tally: _Kept = _Kept()
+        self._kept: list[Tensor] = []
+
+    def record_weights(self, samples: Samples, weights: Tensor) -> None:
+        super().record_weights(samples, weights)
+        self._kept.append(weights.detach())
 
     @property
     def weights(self) -> Tensor:
         """Weights of the samples, [steps, batch]."""
-        return torch.stack(self._tally.weights)
+        return torch.stack(self._kept)
 
 
 class _WindowTrainer(_KeepingWeights, IRDROTrainer):

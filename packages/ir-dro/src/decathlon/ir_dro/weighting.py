@@ -16,6 +16,8 @@ from decathlon.ir_dro.objectives import (
     ir_dro_weights,
     linear_rescale,
     rank_weights,
+    relative_entropy,
+    robust_loss,
     shape_score,
     shaped_weights,
     trim_highest,
@@ -102,9 +104,8 @@ class Tally:
         """Take in a step: its samples on this process, and their weights, which over all processes sum to 1."""
         losses, valid, prior, nonfinite = samples
         q, p = weights.double(), prior.double().masked_fill(~valid, 0.0)
-        surprise = torch.where(q > 0, q * (q / p.clamp(min=1e-300)).log(), 0.0)
         sums = (valid.sum(), nonfinite.sum(), losses.double().sum(), (q * losses).sum(), q.square().sum(),
-                surprise.sum(), p.sum())  # fmt: skip
+                relative_entropy(q, p).sum(), p.sum())  # fmt: skip
         largest = q.max() if len(q) else q.new_zeros(())
         self._steps.append(torch.stack([value.double() for value in (*sums, largest)]))
 
@@ -124,7 +125,7 @@ class Tally:
         count, nonfinite, loss, weighted, squares, surprise, mass = rows[..., :7].sum(dim=0).unbind(-1)
         largest = rows[..., 7].max(dim=0).values
         kl = surprise + mass.log()
-        robust = weighted if temperature is None or math.isinf(temperature) else weighted - temperature * kl
+        robust = robust_loss(weighted, kl, math.inf if temperature is None else temperature)
         figures = torch.stack((loss / count, robust, effective_sample_size(squares, count), count * largest, kl))
         means = figures.masked_fill(count == 0, math.nan).nanmean(dim=1)
         return torch.cat((means, torch.stack((count.mean(), nonfinite.mean()))))
