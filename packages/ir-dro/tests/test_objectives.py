@@ -361,7 +361,8 @@ ONE = torch.tensor([1.0, 2.0, 3.0])
         (lambda: rank_weights(ONE, 1.5), "fraction must be above 0 and at most 1"),
         (lambda: rank_weights(ONE, 0.4, 3), "portion 3 of 1 samples begins past the last of 3: the largest is 2"),
         (lambda: rank_weights(ONE, 0.4, -1), "portion must be a whole number"),
-        (lambda: rank_weights(ONE, 0.4, 0, capacity=0), "capacity must be at least 1"),
+        (lambda: rank_weights(ONE, 0.4, 0, capacity=1.5), "capacity must be a whole number"),  # type: ignore[arg-type]
+        (lambda: rank_weights(ONE, 0.4, 0, capacity=0), "capacity must be a whole number of at least 1"),
         (lambda: trim_highest(ONE, -0.1), "trim must lie between 0 and 1"),
         (lambda: shape_score(ONE, "cubic"), "shape must be one of quadratic"),
         (lambda: linear_rescale(ONE, delta=0), "delta must be above 0"),

@@ -184,7 +184,7 @@ def test_a_router_has_its_own_loss_and_two_passes(make_trainer: Any) -> None:
 
     trainer = make_trainer(model=mixture(), per_device_train_batch_size=4, gradient_accumulation_steps=2)
     trainer.train()
-    assert trainer._way == "two-pass"
+    assert trainer._step.way == "two-pass"
     with pytest.raises(ValueError, match="a further loss"):
         make_trainer(model=mixture(), dro_accumulation="online")
     alone = make_trainer(model=mixture())

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
 from decathlon.ir_dro import IRDROConfig, IRDROMixin, IRDROTrainer, ir_dro_weights, rank_weights, shaped_weights
 
@@ -407,9 +407,126 @@ def test_what_cannot_be_combined(make_trainer: Any, tiny_model: Any, tmp_path: P
 
 
 def test_a_slice_past_the_end(make_trainer: Any) -> None:
-    trainer = make_trainer(dro_strategy="rank", dro_fraction=0.5, dro_portion=2)
-    with pytest.raises(ValueError, match="portion 2 of 4 samples begins past the last of 8: the largest is 1"):
+    with pytest.raises(ValueError, match=r"dro_portion 2 begins past .* 8 samples .*: the largest is 1"):
+        make_trainer(dro_strategy="rank", dro_fraction=0.5, dro_portion=2)
+
+
+def test_a_short_last_step_takes_the_last_slice_there_is(make_trainer: Any) -> None:
+    """Of 9 samples in steps of 8, the last step has one, and no second slice."""
+    data = make_rows().select(range(9))
+    trainer = make_trainer(data=data, dro_strategy="rank", max_steps=-1, num_train_epochs=1)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.state.log_history[1]["ir_dro/max_weight"] == 1
+
+
+def test_two_passes_do_not_train_what_is_not_finite(make_trainer: Any, tiny_model: Any) -> None:
+    """A row with an embedding that is not finite: without two passes its gradient reaches all weights."""
+
+    def train(data: Any, **settings: Any) -> Any:
+        config = tiny_model().config
+        config.tie_word_embeddings = False
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[1] = math.inf  # of a token that one row has
+        make_trainer(model=model, data=data, max_steps=1, **settings).train()
+        return model
+
+    rows = list(make_rows())[:STEP]
+    sound = train(Dataset.from_list(rows[1:]), per_device_train_batch_size=STEP - 1)
+    rows[0]["input_ids"][0] = 1
+    with pytest.warns(UserWarning, match="not finite: it has no weight"):
+        model = train(Dataset.from_list(rows), dro_accumulation="two-pass")
+    for (name, ours), theirs in zip(model.named_parameters(), sound.parameters(), strict=True):
+        assert theirs.isfinite().all() or name.endswith("wte.weight")
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_calls_between_do_not_disturb_a_step(make_trainer: Any, tiny_model: Any) -> None:
+    """Whoever asks for a loss in the middle of a step changes neither the step nor the log."""
+    batch = collate(list(make_rows())[:4])
+
+    class Asking(TrainerCallback):
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            with torch.no_grad():
+                trainer.compute_loss(trainer.model, dict(batch))
+
+    for accumulation in ("online", "two-pass"):
+        settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        trainer = make_trainer(callbacks=[Asking()], dro_accumulation=accumulation, **settings)
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, dict(batch))
         trainer.train()
+        assert_same(trainer.model, after(tiny_model(), lambda x, n: ir_dro_weights(x)))
+        assert trainer.state.log_history[0]["ir_dro/valid_samples"] == STEP
+
+
+def test_an_interrupted_step_leaves_nothing_behind(make_trainer: Any) -> None:
+    class Stopping(TrainerCallback):
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(
+        callbacks=[Stopping()],
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        dro_accumulation="two-pass",
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    batch = collate(list(make_rows())[:STEP])
+    losses = losses_by_hand(trainer.model, batch).detach()
+    found = trainer.compute_loss(trainer.model, batch)
+    torch.testing.assert_close(found.detach(), (ir_dro_weights(losses) * losses).sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_where_gradients_cannot_be_rescaled(make_trainer: Any, tiny_model: Any) -> None:
+    for settings, reason in (
+        ({"optim": "lomo"}, "optim lomo"),
+        ({"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}, "sync_each_batch"),
+    ):
+        with pytest.raises(ValueError, match=f"dro_accumulation 'online' cannot be had with {reason}"):
+            make_trainer(dro_accumulation="online", gradient_accumulation_steps=2, **settings)
+    trainer = make_trainer(
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    )
+    trainer.train()
+    assert trainer._step.way == "two-pass"
+    assert_same(trainer.model, after(tiny_model(), lambda x, n: ir_dro_weights(x)))
+
+
+def test_a_model_of_another_kind(make_trainer: Any) -> None:
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    with pytest.raises(ValueError, match="BertForMaskedLM: it is no causal language model"):
+        make_trainer(model=BertForMaskedLM(config))
+
+
+def test_the_fused_head(make_trainer: Any, tiny_model: Any, tmp_path: Path) -> None:
+    """It gives the same, also for a model that is made by `model_init`."""
+    expected = after(tiny_model(), lambda x, n: ir_dro_weights(x))
+    trainer = make_trainer(dro_fused_lm_head=True)
+    trainer.train()
+    assert_same(trainer.model, expected, rtol=1e-4, atol=1e-6)
+    trainer = IRDROTrainer(
+        model_init=lambda: tiny_model(),
+        args=IRDROConfig(**options(tmp_path / "made", dro_fused_lm_head=True)),
+        train_dataset=make_rows(),
+        data_collator=collate,
+    )
+    trainer.train()
+    assert_same(trainer.model, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_robust_loss_of_what_is_kept(make_trainer: Any, tiny_model: Any) -> None:
+    trainer = make_trainer(dro_trim=0.25, max_steps=1)
+    trainer.train()
+    losses = losses_by_hand(tiny_model(), collate(list(make_rows())[:STEP])).detach()
+    kept = losses.sort().values[: STEP - 2]
+    expected = torch.logsumexp(kept, 0) - math.log(len(kept))
+    assert trainer.state.log_history[0]["ir_dro/robust_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_warnings_of_settings_that_do_nothing(make_trainer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,9 +73,11 @@ class DROSettings:
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("dro_temperature", "dro_delta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        self._check_kinds()
+        if not self.dro_temperature > 0:
+            raise ValueError(f"dro_temperature must be above 0, got {self.dro_temperature}")
+        if not 0 < self.dro_delta < math.inf:
+            raise ValueError(f"dro_delta must be above 0 and finite, got {self.dro_delta}")
         if not 0 < self.dro_fraction <= 1:
             raise ValueError(f"dro_fraction must be above 0 and at most 1, got {self.dro_fraction}")
         if not 0 <= self.dro_trim < 1:
@@ -88,11 +91,29 @@ class DROSettings:
             raise ValueError(
                 f"dro_loss_min must be at most dro_loss_max, got {self.dro_loss_min} and {self.dro_loss_max}"
             )
+        if self.dro_scope == "device" and self.dro_accumulation != "auto":
+            raise ValueError(
+                f"dro_accumulation {self.dro_accumulation!r} is for dro_scope 'global': on one device each micro-batch "
+                "stands for itself, so leave it at 'auto'"
+            )
         if self.dro_accumulation == "online" and (reason := self.needs_whole_step):
             raise ValueError(f"dro_accumulation 'online' cannot be had with {reason}: take 'two-pass' or 'auto'")
         super_init = getattr(super(), "__post_init__", None)
         if super_init is not None:
             super_init()
+
+    def _check_kinds(self) -> None:
+        """Refuse what is no number, or no whole or finite one, by its name."""
+        for name in ("dro_temperature", "dro_delta", "dro_fraction", "dro_trim", "dro_portion", "dro_warmup_steps"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+        for name in ("dro_portion", "dro_warmup_steps"):
+            if getattr(self, name) != int(getattr(self, name)):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)}")
+        for name in ("dro_loss_min", "dro_loss_max"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"{name} must be a finite number, or None, got {value!r}")
 
     @property
     def needs_whole_step(self) -> str:

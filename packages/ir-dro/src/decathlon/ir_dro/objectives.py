@@ -41,7 +41,8 @@ class IRDROOutput(NamedTuple):
         loss: Scalar, to be differentiated; times the number of processes if there is a `group`.
         weights: q, [S], without gradient; with a `group`, this process's part of the softmax over all.
         robust_loss: R, the value of the inner maximum, scalar, without gradient, over all processes.
-        log_normalizer: Z = logsumexp of l / temperature + ln p, scalar, without gradient, over all processes.
+        log_normalizer: Z = logsumexp of l / temperature + ln p, scalar, without gradient, over all processes. It is
+            of the size of l / temperature, and float32 then rounds it: give float64 losses to divide by it again.
     """
 
     loss: Tensor
@@ -346,15 +347,13 @@ def rank_weights(
     valid = _checked_valid(losses, valid)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
-    if portion < 0 or portion != int(portion):
-        raise ValueError(f"portion must be a whole number of at least 0, got {portion}")
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    portion = _whole("portion", portion, 0)
+    capacity = None if capacity is None else _whole("capacity", capacity, 1)
     weights = torch.zeros_like(_narrow(losses.detach(), losses))
     number = int(valid.sum())
     if number == 0:
         return weights
-    size = max(1, int(fraction * number)) if capacity is None else capacity
+    size = rank_capacity(number, fraction) if capacity is None else capacity
     if portion * size >= number:
         raise ValueError(
             f"portion {portion} of {size} samples begins past the last of {number}: the largest is "
@@ -364,6 +363,11 @@ def rank_weights(
     chosen = order[portion * size : (portion + 1) * size]
     weights[chosen] = 1 / len(chosen)
     return weights
+
+
+def rank_capacity(number: int, fraction: float) -> int:
+    """Samples in a slice of the ranking: c = max(1, int(fraction N))."""
+    return max(1, int(fraction * number))
 
 
 def trim_highest(losses: Tensor, trim: float, *, valid: Tensor | None = None) -> Tensor:
@@ -411,7 +415,7 @@ def linear_rescale(
     _check_positive("delta", delta)
     if not isinstance(loss_min, Tensor) and not isinstance(loss_max, Tensor) and not loss_min <= loss_max:
         raise ValueError(f"loss_min must be at most loss_max, got {loss_min} and {loss_max}")
-    wide = losses.to(_accurate(losses))
+    wide = losses.to(accurate_dtype(losses.device))
     low, high = (torch.as_tensor(bound, dtype=wide.dtype, device=wide.device) for bound in (loss_min, loss_max))
     return _narrow(delta * (2 * wide - low - high) / (high - low).clamp(min=_NARROWEST), losses)
 
@@ -474,7 +478,7 @@ def shaped_weights(
         ValueError: If an argument is out of its range.
     """
     valid = _checked_valid(losses, valid)
-    wide = losses.detach().to(_accurate(losses)).masked_fill(~valid, 0.0)
+    wide = losses.detach().to(accurate_dtype(losses.device)).masked_fill(~valid, 0.0)
     rescaled = linear_rescale(wide, delta=delta, loss_min=loss_min, loss_max=loss_max)
     scores = _checked_scores(shape_score(rescaled, shape, delta=delta), temperature, valid, prior)
     return _weights(scores, torch.logsumexp(scores, 0), losses)
@@ -525,7 +529,7 @@ def effective_sample_size(squares: Tensor, count: Tensor | int) -> Tensor:
 
 def _scores(losses: Tensor, temperature: float, valid: Tensor | None, prior: Tensor | None) -> Tensor:
     """Scores l / t + ln p, in the accurate precision, minus infinity where not valid; nothing is checked."""
-    scores = losses.detach().to(_accurate(losses)) / temperature
+    scores = losses.detach().to(accurate_dtype(losses.device)) / temperature
     if prior is not None:
         masses = prior.to(scores)
         scores = scores + (masses if valid is None else masses.masked_fill(~valid, 1.0)).log()
@@ -563,8 +567,9 @@ def _gathered(values: Tensor, group: Any) -> Tensor:
     return torch.stack(parts)
 
 
-def _accurate(losses: Tensor) -> torch.dtype:
-    return torch.float32 if losses.device.type == "mps" else torch.float64
+def accurate_dtype(device: torch.device) -> torch.dtype:
+    """What weights are computed in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _narrow(values: Tensor, losses: Tensor) -> Tensor:
@@ -586,6 +591,12 @@ def _checked_valid(losses: Tensor, valid: Tensor | None) -> Tensor:
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+def _whole(name: str, value: float, least: int) -> int:
+    if value < least or value != int(value):
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
+    return int(value)
 
 
 def _check_positive(name: str, value: float) -> None:

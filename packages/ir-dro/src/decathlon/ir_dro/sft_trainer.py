@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from decathlon.ir_dro.config import DROSettings
@@ -27,6 +28,8 @@ class IRDROSFTConfig(DROSettings, SFTConfig):
             raise ValueError(f"loss_type {self.loss_type!r}: samples are weighed by their likelihood, 'nll'")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor: trl's fused head has no label smoothing, take IRDROTrainer")
+        if self.bf16 is None and not is_torch_bf16_gpu_available():
+            self.bf16: bool | None = False  # trl's default is true, which a CPU refuses
         super().__post_init__()
 
 
@@ -68,7 +71,7 @@ class IRDROSFTTrainer(IRDROMixin, SFTTrainer):
         return self._read(recorder.output, inputs)
 
     def _scoring_losses(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
-        return self._read(model(**inputs, use_cache=False, fused_lm_head=True), inputs)
+        return self._read(model(**{**inputs, "use_cache": False, "fused_lm_head": True}), inputs)
 
     def _read(self, outputs: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
         width = inputs["labels"].shape[1] - 1  # virtual tokens of prompt learning stand before

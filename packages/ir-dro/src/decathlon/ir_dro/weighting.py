@@ -12,9 +12,11 @@ from decathlon.ir_dro.config import DROSettings
 from decathlon.ir_dro.objectives import (
     OnlineNormalizer,
     SampleLosses,
+    accurate_dtype,
     effective_sample_size,
     ir_dro_weights,
     linear_rescale,
+    rank_capacity,
     rank_weights,
     relative_entropy,
     robust_loss,
@@ -32,12 +34,14 @@ class Samples(NamedTuple):
         valid: With loss tokens and a finite loss, bool [S].
         prior: p, [S].
         nonfinite: With loss tokens and no finite loss, bool [S].
+        kept: Valid and not trimmed, bool [S].
     """
 
     losses: Tensor
     valid: Tensor
     prior: Tensor
     nonfinite: Tensor
+    kept: Tensor
 
 
 def describe(samples: SampleLosses, settings: DROSettings) -> Samples:
@@ -45,7 +49,8 @@ def describe(samples: SampleLosses, settings: DROSettings) -> Samples:
     losses, present = samples.losses.detach(), samples.counts > 0
     finite = losses.isfinite()
     prior = samples.counts if settings.dro_prior == "tokens" else torch.ones_like(samples.counts)
-    return Samples(losses.masked_fill(~(present & finite), 0.0), present & finite, prior.to(losses), present & ~finite)
+    valid = present & finite
+    return Samples(losses.masked_fill(~valid, 0.0), valid, prior.to(losses), present & ~finite, valid)
 
 
 def softmax_of(settings: DROSettings, *, plain: bool) -> OnlineNormalizer:
@@ -64,17 +69,30 @@ def softmax_scores(losses: Tensor, settings: DROSettings) -> Tensor:
     return shape_score(linear_rescale(losses, delta=delta, **bounds), settings.dro_shape, delta=delta)
 
 
+def trimmed(samples: Samples, settings: DROSettings, *, plain: bool) -> Samples:
+    """All samples of a step, of which those of the highest losses are not kept, if that is asked for."""
+    if plain or settings.dro_trim == 0:
+        return samples
+    return samples._replace(kept=trim_highest(samples.losses, settings.dro_trim, valid=samples.valid))
+
+
 def whole_weights(samples: Samples, settings: DROSettings, *, plain: bool) -> Tensor:
-    """Weights of all samples of a step, [N], by any strategy."""
-    losses, valid, prior, _ = samples
-    if settings.dro_trim > 0 and not plain:
-        valid = trim_highest(losses, settings.dro_trim, valid=valid)
+    """Weights of all samples of a step, [N], by any strategy; 0 where they are not kept.
+
+    Of a ranking that is too short for the slice that is asked for, as in the last step of an epoch, the last slice that
+    there is.
+    """
+    losses, prior, valid = samples.losses, samples.prior, samples.kept
     if plain or settings.dro_strategy == "uniform":
         return ir_dro_weights(losses, math.inf, valid=valid, prior=prior)
     if settings.dro_strategy == "rank":
-        return rank_weights(losses, settings.dro_fraction, settings.dro_portion, valid=valid)
+        number = int(valid.sum())
+        last = max(number - 1, 0) // rank_capacity(number, settings.dro_fraction)
+        return rank_weights(losses, settings.dro_fraction, min(settings.dro_portion, last), valid=valid)
     if settings.dro_strategy == "ir-dro":
         return ir_dro_weights(losses, settings.dro_temperature, valid=valid, prior=prior)
+    if settings.dro_strategy != "shaped":
+        raise ValueError(f"unknown dro_strategy {settings.dro_strategy!r}")
     low, high = settings.dro_loss_min, settings.dro_loss_max
     return shaped_weights(
         losses,
@@ -102,12 +120,13 @@ class Tally:
 
     def add(self, samples: Samples, weights: Tensor) -> None:
         """Take in a step: its samples on this process, and their weights, which over all processes sum to 1."""
-        losses, valid, prior, nonfinite = samples
-        q, p = weights.double(), prior.double().masked_fill(~valid, 0.0)
-        sums = (valid.sum(), nonfinite.sum(), losses.double().sum(), (q * losses).sum(), q.square().sum(),
+        losses, valid, prior, nonfinite, kept = samples
+        wide = accurate_dtype(losses.device)
+        q, p = weights.to(wide), prior.to(wide).masked_fill(~kept, 0.0)
+        sums = (valid.sum(), nonfinite.sum(), losses.to(wide).sum(), (q * losses).sum(), q.square().sum(),
                 relative_entropy(q, p).sum(), p.sum())  # fmt: skip
         largest = q.max() if len(q) else q.new_zeros(())
-        self._steps.append(torch.stack([value.double() for value in (*sums, largest)]))
+        self._steps.append(torch.stack([value.to(wide) for value in (*sums, largest)]))
 
     def rows(self) -> Tensor | None:
         """Figures of every step of this process, [steps, 8], and begin anew; None if there is no step."""
