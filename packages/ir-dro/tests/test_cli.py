@@ -41,6 +41,7 @@ def folder(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(model_folder.parent)
     words, rng = ["sea", "hill", "music", "bread", "please", "no", "yes", "blue"], np.random.default_rng(0)
     texts = [" ".join(rng.choice(words, rng.integers(2, 12))) for _ in range(40)]
+    Path("nothing.jsonl").touch()
     Dataset.from_dict({"text": texts, "number": list(range(40))}).to_json("texts.jsonl")
     answers = [{"prompt": text, "completion": " " + " ".join(rng.choice(words, 4))} for text in texts]
     Dataset.from_list(answers).to_json("answers.jsonl")
@@ -323,6 +324,12 @@ def without(words: list[str], flag: str) -> list[str]:
         ([*SFT, "--dataset_name", "alpaca", "--dataset_revision", "v1"], "then give alpaca:PATH"),
         ([*TRAIN, "--dataset_text_field", "body"], "expected a column 'body'"),
         ([*TRAIN, "--max_length", "1"], "max_length must be at least 2"),
+        ([*TRAIN, "--dataset_name", "nothing.jsonl"], "nothing.jsonl is empty"),
+        ([*TRAIN, "--learning_rate", "nan"], "learning_rate must be at least 0 and finite, got nan"),
+        ([*TRAIN, "--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, got 0"),
+        ([*TRAIN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1, got 0"),
+        ([*TRAIN, "--max_steps", "-5", "--num_train_epochs", "0"], "nothing is to be trained: num_train_epochs is 0"),
+        ([*TRAIN, "--dro_strategy", "rank", "--dro_portion", "99"], "dro_portion 99 begins past the last"),
         ([*TRAIN, "--alfa", "1"], "unknown option '--alfa'; --help_all lists them"),
         ([*TRAIN, "--temperature", "1"], "did you mean dro_temperature?"),
         ([*TRAIN, "--num_processes", "2"], "accelerate launch --num_processes 2`, or leave it out"),
@@ -455,3 +462,17 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "decathlon.ir_dro", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("decathlon-ir-dro ")
+
+
+def test_a_failure_leaves_the_folder_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What breaks in the first step is not in the way of the corrected command."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("decathlon.ir_dro.trainer.IRDROTrainer.training_step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            main([*TRAIN, "--max_steps", "1", "--output_dir", "failed"])
+    assert not Path("failed/config.yaml").exists()
+    assert main([*TRAIN, "--max_steps", "1", "--output_dir", "failed"]) == 0

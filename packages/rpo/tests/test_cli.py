@@ -41,6 +41,7 @@ def folder(model_folder: Path, pairs: Dataset, examples: Dataset, monkeypatch: p
     """Each test in a folder with a model and data."""
     monkeypatch.chdir(model_folder.parent)
     pairs.to_json("pairs.jsonl")
+    Path("nothing.jsonl").touch()
     examples.to_json("feedback.jsonl")
     return model_folder.parent
 
@@ -477,6 +478,13 @@ def without(words: list[str], *flags: str) -> list[str]:
         ([*TRAIN, "--bta", "1"], "did you mean beta?"),
         ([*TRAIN, "--beta", "strong"], "argument --beta: invalid float value: 'strong'"),
         ([*TRAIN, "--beta", "0"], "beta must be above 0"),
+        ([*TRAIN, "--loss_type", "foo"], "loss_type must be of sigmoid, "),
+        ([*TRAIN, "--learning_rate", "-1"], "learning_rate must be at least 0 and finite, got -1.0"),
+        ([*TRAIN, "--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, got 0"),
+        ([*TRAIN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1, got 0"),
+        ([*TRAIN, "--dataset_name", "nothing.jsonl"], "nothing.jsonl is empty"),
+        ([*TRAIN, "--dataset_name", "hh:nothing.jsonl"], "nothing.jsonl is empty"),
+        ([*TRAIN, "--dataset_name", "hh:pairs.jsonl"], "no pair is left of it"),
         ([*TRAIN, "--tau", "-1"], "tau must be above 0"),
         ([*TRAIN, "--rpo_alpha", "1"], 'loss_type=["sigmoid", "sft"]'),
         ([*TRAIN, "--loss_type", "rpo"], "leave loss_type out"),
@@ -605,3 +613,17 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "decathlon.rpo", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("decathlon-rpo ")
+
+
+def test_a_failure_leaves_the_folder_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What breaks in the first step is not in the way of the corrected command."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("decathlon.rpo.trainer.RPOTrainer.training_step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            main([*TRAIN, "--max_steps", "1", "--output_dir", "failed"])
+    assert not Path("failed/config.yaml").exists()
+    assert main([*TRAIN, "--max_steps", "1", "--output_dir", "failed"]) == 0

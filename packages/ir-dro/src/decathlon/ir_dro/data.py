@@ -119,6 +119,8 @@ def load_rows(
         if files:
             return load_dataset(_format(files[0]), data_files=list(map(str, files)), split="train", **options)
         return load_dataset(str(source), config, split=split, revision=revision, **options)
+    except StopIteration:  # from a file of no bytes
+        raise ValueError(f"{source} is empty") from None
     except DatasetGenerationError as error:
         raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
     except (OSError, ConnectionError) as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, KTOConfig
 
 NAME_CLASH = (
@@ -18,10 +20,21 @@ NAME_CLASH = (
 ENCODERS = '"auto", "hashing", "st:NAME", a hub id or a folder'
 
 
+SMALLEST_TAU = 1e-30
+"""Below it the weights of a row have no meaning in float32."""
+
+LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+"""Losses of trl's DPO, which can be added."""
+
+
 class _Contrasting:
     """What both configurations check."""
 
     beta: float
+    bf16: bool | None
     tau: float
     weighting: str
     weight_scale: str
@@ -39,9 +52,16 @@ class _Contrasting:
         return super().__new__(cls)
 
     def _check(self, weightings: tuple[str, ...]) -> None:
-        for name in ("tau", "beta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.bf16 is None and not is_torch_bf16_gpu_available():
+            self.bf16 = False  # trl's default is true, which a CPU refuses
+        for name, least in (("tau", SMALLEST_TAU), ("beta", 0.0)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value == math.inf:
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least:g}, got {value}")
         for name, known in (
             ("weighting", weightings),
             ("weight_scale", ("sum", "mean")),
@@ -116,6 +136,11 @@ class RPOConfig(_Contrasting, DPOConfig):
                 f"loss_type 'rpo': RPOTrainer adds its loss by itself, so leave loss_type out. If another is meant: "
                 f"{NAME_CLASH}"
             )
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        for kind in self.loss_type or ():
+            if kind not in LOSSES:
+                raise ValueError(f"loss_type must be of {', '.join(LOSSES)}, got {kind!r}")
         self._check(("embedding", "uniform", "diagonal"))
         if not 0 <= self.diagonal_weight <= 1:
             raise ValueError(f"diagonal_weight must lie between 0 and 1, got {self.diagonal_weight}")

@@ -224,7 +224,9 @@ def _read(files: Sequence[Path], convert: Callable[[dict[str, Any]], dict[str, s
                 "version": importlib.metadata.version("decathlon-rpo"),
             },
         )
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{files[0]} is empty") from None
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
         raise

@@ -52,9 +52,15 @@ def read_dataset(
     if paper in PAPERS:
         load, hub_id = PAPERS[paper]
         try:
-            return load(path or hub_id, split=split, prompt_style=prompt_style, revision=revision)
+            found = load(path or hub_id, split=split, prompt_style=prompt_style, revision=revision)
         except FileNotFoundError as error:
             raise UserError(f"{error} (--dataset_name {paper}:PATH)") from error
+        if not len(found):
+            raise UserError(
+                f"{name}, split {split!r}: no pair is left of it; is it in the format of {hub_id}? Files with prompt, "
+                "chosen and rejected are given by their path alone"
+            )
+        return found
     with _said_plainly(
         f"data set {name!r}, split {split!r}",
         "give hh, tldr, a file (.jsonl, .parquet), a folder of save_to_disk, or an id of the hub",
@@ -82,6 +88,8 @@ def _read_any(name: str, split: str, config: str | None, revision: str | None) -
             raise UserError(f"{path}: known are files in {', '.join(FORMATS)}, also with .gz")
         try:
             return load_dataset(kind, data_files=str(path), split="train")
+        except StopIteration:  # from a file of no bytes
+            raise UserError(f"{path} is empty") from None
         except DatasetGenerationError as error:
             raise UserError(f"{path} cannot be read: {error.__cause__ or error}") from error
     if path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
