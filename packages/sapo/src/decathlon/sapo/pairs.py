@@ -1,4 +1,4 @@
-"""Pairs of a chosen and a rewritten response, and how a file holds them: as tensors, so that reading executes nothing."""
+"""Pairs of a chosen and a rewritten response; in a file they are tensors, so that reading executes nothing."""
 
 from __future__ import annotations
 

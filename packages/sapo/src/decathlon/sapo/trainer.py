@@ -47,17 +47,17 @@ EMA, REFERENCE = "ema", "ref"
 _SEGMENTS, _TOKENS, _EVALUATION = range(3)  # what draws are for
 
 
-    PAPER = {
-        "title": "Self-Augmented Preference Optimization: Off-Policy Paradigms for Language Model Alignment",
-        "id": "2405.20830",
-        "citation": """\
+PAPER = {
+    "title": "Self-Augmented Preference Optimization: Off-Policy Paradigms for Language Model Alignment",
+    "id": "2405.20830",
+    "citation": """\
 @article{yin2024selfaugmented,
     title   = {{Self-Augmented Preference Optimization: Off-Policy Paradigms for Language Model Alignment}},
     author  = {Yueqin Yin and Zhendong Wang and Yujia Xie and Weizhu Chen and Mingyuan Zhou},
     year    = 2024,
     eprint  = {arXiv:2405.20830},
 }""",
-    }
+}
 
 
 class Recorder:
@@ -143,7 +143,7 @@ class SAPOTrainer(DPOTrainer):
     ) -> None:
         args = config_of(args, model)
         check_parts(model, ref_model, args, train_dataset, processing_class)
-        adapts = peft_config is not None or is_peft_model(model)
+        adapts = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         average = None if adapts else average_of(model, args, quantization_config)
         if args.is_orpo:
             ref_model = average  # trl prepares it; it is taken out again
