@@ -29,8 +29,14 @@ def snapshot(model: Any, dtype: str | None = None) -> Any:
 
 
 def add_adapter(model: Any, name: str) -> None:
-    """Give a peft model another adapter, frozen, with the weights of the one that is trained."""
+    """Give a peft model another adapter, frozen, with the weights of the one that is trained.
+
+    Raises:
+        ValueError: If that one has no weights.
+    """
     active = model.active_adapter
+    if not adapter_weights(model, active):
+        raise ValueError(f"the adapter {active!r} of the model has no weights that can be averaged")
     if name not in model.peft_config:
         with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and then not used
             model.add_adapter(name, model.peft_config[active])
@@ -43,7 +49,7 @@ def add_adapter(model: Any, name: str) -> None:
 
 def adapter_weights(model: Any, name: str) -> list[Tensor]:
     """Weights of an adapter, in the order of the model."""
-    return [parameter for key, parameter in model.named_parameters() if f".{name}." in key]
+    return [parameter for key, parameter in model.named_parameters() if name in key.split(".")]
 
 
 def local(parameter: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from decathlon.sapo.averaging import snapshot
 from decathlon.sapo.config import SAPOConfig
+
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def config_of(args: Any, model: Any) -> SAPOConfig:
@@ -26,7 +29,9 @@ def config_of(args: Any, model: Any) -> SAPOConfig:
     return args
 
 
-def check_parts(model: Any, ref_model: Any, args: SAPOConfig, train_dataset: Any, processing_class: Any) -> None:
+def check_parts(
+    model: Any, ref_model: Any, args: SAPOConfig, train_dataset: Any, processing_class: Any, *, adapts: bool
+) -> None:
     """Refuse what does not go together.
 
     Raises:
@@ -39,6 +44,13 @@ def check_parts(model: Any, ref_model: Any, args: SAPOConfig, train_dataset: Any
         raise ValueError("model and ref_model are the same object: leave ref_model out, and a copy is made")
     if args.is_orpo and ref_model is not None:
         raise ValueError("ref_model: ORPO has no reference, leave it out")
+    if adapts and ref_model is not None and args.ref_update != "none":
+        raise ValueError(
+            f"ref_update {args.ref_update!r} with peft sets an adapter, not ref_model: leave ref_model out, or set "
+            "ref_update='none'"
+        )
+    if adapts and (args.ema_dtype, args.ema_device) != (None, None):
+        warnings.warn("with peft the moving average is an adapter: ema_dtype and ema_device do nothing", stacklevel=3)
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError("processing_class must be a tokenizer: images are not supported")
     if processing_class is not None and processing_class.eos_token_id is None:
@@ -46,6 +58,44 @@ def check_parts(model: Any, ref_model: Any, args: SAPOConfig, train_dataset: Any
     first: dict[str, Any] = {} if train_dataset is None else next(iter(train_dataset), {})
     if {"image", "images"} & set(first):
         raise ValueError("the training data have images: vision datasets are not supported")
+
+
+def check_models(model: Any, ref_model: Any, average: Any, args: SAPOConfig) -> None:
+    """Refuse models that do not go together, when they are there.
+
+    Args:
+        model: The policy.
+        ref_model: The reference; None with peft and for ORPO.
+        average: The moving average; None with peft.
+        args: The settings.
+
+    Raises:
+        ValueError: If something does not fit.
+    """
+    shapes = [parameter.shape for parameter in model.parameters()]
+    if (
+        args.ref_update != "none"
+        and ref_model is not None
+        and [parameter.shape for parameter in ref_model.parameters()] != shapes
+    ):
+        raise ValueError(
+            f"ref_update {args.ref_update!r} needs a ref_model of the same architecture: leave ref_model out, or set "
+            "ref_update='none'"
+        )
+    if average is not None and args.ema_decay >= 0.99 and next(average.parameters()).dtype in _NARROW:
+        warnings.warn(
+            f"ema_decay {args.ema_decay} with weights in {str(next(average.parameters()).dtype)[6:]}: what the average "
+            "gains in a step is below their resolution. Set ema_dtype='float32'",
+            stacklevel=3,
+        )
+    if args.share_prefix:
+        config = model.config.get_text_config()
+        if config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"share_prefix needs attention sdpa or eager, and the model has {config._attn_implementation}"
+            )
+        if hasattr(config, "output_router_logits"):
+            raise ValueError("share_prefix is not for mixtures of experts: leave it false")
 
 
 def check_causal(model: Any) -> None:

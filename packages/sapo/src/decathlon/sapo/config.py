@@ -16,6 +16,12 @@ NAME_CLASH = (
 """What is said to whoever means the other method of that name."""
 
 ORPO = "orpo"
+LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+"""Losses of trl's DPO."""
+
 MASKED = ("sigmoid", "hinge")
 """Losses in which the log-probabilities of shared leading tokens cancel."""
 
@@ -151,7 +157,12 @@ class SAPOConfig(DPOConfig):
     @property
     def cancels(self) -> bool:
         """Whether the log-probabilities of shared leading tokens cancel in the loss."""
-        return set(self.loss_type) <= set(MASKED) and self.ld_alpha is None and not self.use_weighting
+        return (
+            set(self.loss_type) <= set(MASKED)
+            and self.ld_alpha is None
+            and not self.use_weighting
+            and self.f_divergence_type == "reverse_kl"
+        )
 
     def _check_numbers(self) -> None:
         for name in ("segment_length", "ema_update_steps", "sample_every_n_steps", "responses_per_prompt"):
@@ -199,6 +210,8 @@ class SAPOConfig(DPOConfig):
         if ORPO in self.loss_type:
             if len(self.loss_type) > 1:
                 raise ValueError(f"loss_type 'orpo' stands alone, got {self.loss_type}")
+            if self.loss_weights is not None:
+                raise ValueError(f"loss_weights {self.loss_weights}: the loss of ORPO has one weight, beta")
             if self.ref_update == "policy":
                 raise ValueError("ref_update 'policy': ORPO has no reference, leave it out")
             if self.ref_update == "ema":  # the default
@@ -214,12 +227,20 @@ class SAPOConfig(DPOConfig):
                 "precompute_ref_log_probs: rejected responses are written while training, so nothing can be computed "
                 "before; leave it false (log-probabilities are kept with the pairs of the buffer anyway)"
             )
+        for kind in self.loss_type:
+            if kind not in (ORPO, *LOSSES):
+                raise ValueError(f"loss_type must be of {', '.join((ORPO, *LOSSES))}, got {kind!r}")
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"truncation_mode {self.truncation_mode!r}: the end of what is too long is cut off before a segment is "
+                "drawn, leave it at 'keep_start'"
+            )
         if self.padding_free:
             raise ValueError("padding_free is not supported: leave it false")
         if self.share_prefix and not self.cancels:
             raise ValueError(
-                f"share_prefix needs a loss in which shared tokens cancel (sigmoid, hinge, without ld_alpha and "
-                f"use_weighting), got loss_type {self.loss_type}"
+                f"share_prefix needs a loss in which shared tokens cancel (sigmoid, hinge, without ld_alpha, "
+                f"use_weighting and f_divergence_type), got loss_type {self.loss_type}"
             )
         if self.vllm_mode not in ("colocate", "server"):
             raise ValueError(f"vllm_mode must be colocate or server, got {self.vllm_mode!r}")

@@ -50,6 +50,8 @@ def prepare_dataset(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"the {name} data are empty")
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has no end token: set tokenizer.eos_token")
     columns = sorted(first)
     ready = {PROMPT, CHOSEN} <= set(columns)
     if not ready and not _is_known(first):
@@ -156,6 +158,8 @@ def _split(row: dict[str, Any], where: str) -> tuple[Any, Any]:
     else:
         prompt = row["prompt"]
         response = row["chosen"] if row.get("chosen") is not None else row.get("completion")
+        if response is None:
+            raise ValueError(f"{where} has an empty response")
     if isinstance(prompt, str) and isinstance(response, list) and response:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str) != isinstance(response, str):

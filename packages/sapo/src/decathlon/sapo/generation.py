@@ -43,7 +43,7 @@ def generation_config(args: SAPOConfig, length: int, pad_token: int, ends: Seque
         "disable_compile": True,  # every batch has other shapes
     }
     further: Any = args.generation_kwargs or {}
-    return GenerationConfig(**settings, **further)
+    return GenerationConfig(**{**settings, **further})
 
 
 class Writer:
@@ -85,6 +85,8 @@ class Writer:
 
     def _generate(self, model: Any, prefixes: Sequence[Sequence[int]], length: int) -> list[list[int]]:
         device = self._accelerator.device
+        # what a mixture of experts is balanced by is not asked for a token at a time
+        experts = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
         ids = [torch.tensor(prefix) for prefix in prefixes]
         tokens = pad(ids, padding_value=self._pad, padding_side="left").to(device)
         mask = pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side="left").to(device)
@@ -93,6 +95,7 @@ class Writer:
                 input_ids=tokens,
                 attention_mask=mask,
                 generation_config=generation_config(self._args, length, self._pad, self._ends),
+                **experts,
             )
         return output[:, tokens.shape[1] :].tolist()
 
@@ -108,11 +111,14 @@ class Writer:
             ) as model,
             self._backend.summon_full_params(self._model, recurse=False),
         ):
-            training = model.training
+            training, own = model.training, model.generation_config
             model.eval()
+            # settings of the model's own, such as a penalty of repetitions, would change what is drawn from
+            model.generation_config = GenerationConfig()
             try:
                 yield model
             finally:
+                model.generation_config = own
                 model.train(training)
 
 

@@ -108,7 +108,7 @@ def splice_segment(
     start, length = segment
     if start < 0 or length < 0 or start + length > len(chosen_ids):
         raise IndexError(f"the segment ends at {start + length}, the response has {len(chosen_ids)} tokens")
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    ends = set(eos_token_id) if isinstance(eos_token_id, Collection) else {int(eos_token_id)}
     written: list[int] = []
     for token in generated_ids[:length]:
         written.append(_token(token))
@@ -132,7 +132,7 @@ def shared_prefix_length(chosen_ids: Sequence[int], rejected_ids: Sequence[int])
 def _token(token: int) -> int:
     try:
         whole = int(token)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"token ids must be whole numbers of at least 0, got {token!r}") from None
     if whole != token or whole < 0:
         raise ValueError(f"token ids must be whole numbers of at least 0, got {token!r}")

@@ -27,7 +27,8 @@ class Pair:
         early: Whether what was written ends before the segment does, with an end token.
         step: Training steps that had been made when it was written.
         draws: How often it has been trained on.
-        reference: Step that the reference is of whose log-probabilities these are; -1 if there are none yet.
+        reference: How often the reference had been set when these log-probabilities were computed; -1 if there are
+            none.
         ref_chosen: Log-probability of the chosen response under the reference.
         ref_rejected: The same of the rejected one.
     """

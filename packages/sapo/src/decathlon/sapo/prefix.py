@@ -22,12 +22,13 @@ _FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 _SHARED, _LAST, _CHOSEN, _REJECTED, _PADDING = range(5)  # parts of a row; _LAST is the last shared token
 
 
-def share_prefixes(pairs: Sequence[Pair], pad_token: int) -> dict[str, Tensor]:
+def share_prefixes(pairs: Sequence[Pair], pad_token: int, width: int) -> dict[str, Tensor]:
     """The rows, and where each token of the padded batch stands in them.
 
     Args:
         pairs: B pairs.
         pad_token: Fills up the rows.
+        width: T, of the padded batch.
 
     Returns:
         `packed_ids`, `packed_labels`, `packed_positions` and `packed_parts`, int64 [B, N]; `packed_places`, int64
@@ -35,7 +36,6 @@ def share_prefixes(pairs: Sequence[Pair], pad_token: int) -> dict[str, Tensor]:
         and -1 where there is none.
     """
     ids, labels, positions, parts, places = [], [], [], [], []
-    width = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     for pair in pairs:
         prefix = pair.prompt_ids + pair.chosen_ids[: pair.shared]
         chosen, rejected = pair.chosen_ids[pair.shared :], pair.rejected_ids[pair.shared :]
@@ -92,8 +92,11 @@ class SharingModel:
             return model, inputs
         return cls(model, packed), {name: value for name, value in inputs.items() if name not in packed}
 
-    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **kwargs: Any) -> Any:
-        """The output for the padded batch; 0 where it has no label."""
+    def __call__(self, *, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """The output for the padded batch, 0 where it has no label; without labels, the model's own."""
+        if labels is None:
+            return self._model(input_ids=input_ids, **kwargs)
+        kwargs.pop("attention_mask")
         packed = self._packed
         unlike = torch.zeros((), dtype=_dtype_of(self._model), device=input_ids.device)
         seen = visible(packed["packed_parts"])

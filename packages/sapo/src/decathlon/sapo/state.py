@@ -57,9 +57,9 @@ def load_weights(folder: Path, name: str, tensors: Sequence[Tensor], *, rank: in
         tensor.copy_(found[key])
 
 
-def save_buffer(folder: Path, buffer: ReplayBuffer | None, *, rank: int, world: int) -> None:
-    """Write the pairs of this process, and where its draws stand."""
-    state: dict[str, Any] = {"world": world}
+def save_buffer(folder: Path, buffer: ReplayBuffer | None, *, rank: int, world: int, references: int) -> None:
+    """Write the pairs of this process, where its draws stand, and how often the reference has been set."""
+    state: dict[str, Any] = {"world": world, "references": references}
     if buffer is not None:
         state["buffer"] = buffer.state_dict()
         state["buffer"]["entries"] = pack(state["buffer"]["entries"])
@@ -67,19 +67,23 @@ def save_buffer(folder: Path, buffer: ReplayBuffer | None, *, rank: int, world: 
         torch.save(state, path)
 
 
-def load_buffer(folder: Path, buffer: ReplayBuffer | None, *, rank: int, world: int) -> None:
+def load_buffer(folder: Path, buffer: ReplayBuffer | None, *, rank: int, world: int) -> int:
     """Read the pairs of this process; where there are now more or fewer processes, its share of all pairs.
+
+    Returns:
+        How often the reference has been set.
 
     Raises:
         FileNotFoundError: If there are none.
     """
     first = _read(_buffer_file(folder, 0))
+    references = int(first["references"])
     if buffer is None or "buffer" not in first:
-        return
+        return references
     if first["world"] == world and first["buffer"]["capacity"] == buffer.capacity:
         state = _read(_buffer_file(folder, rank))["buffer"]
         buffer.load_state_dict({**state, "entries": unpack(state["entries"])})
-        return
+        return references
     if rank == 0:
         warnings.warn(
             f"the checkpoint is of {first['world']} processes with buffers of {first['buffer']['capacity']}, and now "
@@ -93,6 +97,7 @@ def load_buffer(folder: Path, buffer: ReplayBuffer | None, *, rank: int, world: 
     mine = deck[rank::world][-buffer.capacity :]
     own = buffer.state_dict()
     buffer.load_state_dict({**own, "entries": [pair for pair, _ in mine], "counts": [count for _, count in mine]})
+    return references
 
 
 def _read(path: Path) -> dict[str, Any]:

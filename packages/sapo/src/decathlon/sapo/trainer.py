@@ -25,7 +25,7 @@ from trl.trainer.utils import identity, use_adapter
 
 from decathlon.sapo import averaging, state
 from decathlon.sapo.buffer import ReplayBuffer
-from decathlon.sapo.checks import average_of, check_parts, config_of
+from decathlon.sapo.checks import average_of, check_models, check_parts, config_of
 from decathlon.sapo.config import SAPOConfig
 from decathlon.sapo.data import CHOSEN, PROMPT, prepare_dataset, tokenize
 from decathlon.sapo.generation import VLLMWriter, Writer, end_tokens
@@ -61,26 +61,26 @@ PAPER = {
 
 
 class Recorder:
-    """A model that keeps its first output, with the loss of further tokens if asked for.
+    """A model that keeps the log-probabilities of more tokens than it is asked for.
 
     Args:
         model: What is called.
-        labels: In place of the labels that it is called with; None leaves these.
+        labels: In place of the labels that it is called with.
 
     Attributes:
-        output: Of the first call; None before.
+        log_probs: Of the call with labels; None before.
     """
 
-    def __init__(self, model: Any, labels: Tensor | None = None) -> None:
+    def __init__(self, model: Any, labels: Tensor) -> None:
         self._model, self._labels = model, labels
-        self.output: Any = None
+        self.log_probs: Any = None
 
-    def __call__(self, *, labels: Tensor, **kwargs: Any) -> Any:
+    def __call__(self, *, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's output, with the log-probabilities of the tokens with labels alone."""
-        output = self._model(**kwargs, labels=labels if self._labels is None else self._labels)
-        if self.output is not None or self._labels is None:
-            return output
-        self.output = output.log_probs
+        if labels is None:
+            return self._model(**kwargs)
+        output = self._model(**kwargs, labels=self._labels)
+        self.log_probs = output.log_probs
         mask = labels[:, 1:] != IGNORED
         output.log_probs = output.log_probs[:, -mask.shape[1] :].masked_fill(~mask, 0.0)
         return output
@@ -142,15 +142,13 @@ class SAPOTrainer(DPOTrainer):
         peft_config: Any = None,
     ) -> None:
         args = config_of(args, model)
-        check_parts(model, ref_model, args, train_dataset, processing_class)
         adapts = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        check_parts(model, ref_model, args, train_dataset, processing_class, adapts=adapts)
         average = None if adapts else average_of(model, args, quantization_config)
         if args.is_orpo:
             ref_model = average  # trl prepares it; it is taken out again
         elif ref_model is None and not adapts and not isinstance(model, str):
             ref_model = averaging.snapshot(model)
-        if args.pad_token is not None and processing_class is not None:
-            processing_class.pad_token = args.pad_token  # which trl does along with its own collator alone
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -169,7 +167,8 @@ class SAPOTrainer(DPOTrainer):
             self.loss_types, self.loss_weights = [], []  # trl computes no loss of its own then
         self._adapts = adapts
         self._sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        self._pad_token = int(self.processing_class.pad_token_id)
+        self._pad_token = self._set_pad_token(average)
+        check_models(self.model, self.ref_model, average, args)
         self._collator = DataCollatorForPreference(self._pad_token, pad_to_multiple_of=args.pad_to_multiple_of)
         self._ends = end_tokens(self.model, self.processing_class)
         self._set_up_average(average)
@@ -177,7 +176,7 @@ class SAPOTrainer(DPOTrainer):
         rank = self.accelerator.process_index
         self.replay_buffer = ReplayBuffer(args.buffer_size, args.seed + rank) if args.buffer_size else None
         self._fresh: list[list[Pair]] = []  # of the micro-batches of a step that are still to come
-        self._reference_step = 0  # when the reference was last set
+        self._references = 0  # how often the reference has been set
         self._figures: dict[str, list[dict[str, float]]] = {"train": [], "eval": []}
         self._clock: tuple[float, float] | None = None  # when a step began, and how long it has written
         self._ref_update_steps = self._steps_of_reference()
@@ -206,6 +205,19 @@ class SAPOTrainer(DPOTrainer):
                 average = self.accelerator.prepare_model(average, evaluation_mode=True)
         self.ema_model = average
 
+    def _set_pad_token(self, average: Any) -> int:
+        """The token to pad with, of the settings if they name one, known to all models."""
+        tokenizer, token = self.processing_class, self.args.pad_token
+        if token is not None:
+            if token not in tokenizer.get_vocab():
+                raise ValueError(f"pad_token {token!r} is not in the vocabulary of the tokenizer")
+            tokenizer.pad_token = token
+        for model in (self.model, average):
+            if model is not None:
+                model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+                model.generation_config.pad_token_id = tokenizer.pad_token_id
+        return int(tokenizer.pad_token_id)
+
     def _make_writer(self) -> Writer | VLLMWriter:
         model = self.model if self._swaps else self.ema_model
         if self.args.use_vllm:
@@ -226,7 +238,8 @@ class SAPOTrainer(DPOTrainer):
             return int(args.ref_update_steps)
         if not hasattr(self.train_dataset, "__len__"):
             raise ValueError("ref_update_steps must be given for data that are streamed: an epoch has no known length")
-        batches = math.ceil(len(self.train_dataset) / (args.per_device_train_batch_size * args.world_size))
+        batches = len(self.train_dataset) / (args.per_device_train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
         return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -272,7 +285,11 @@ class SAPOTrainer(DPOTrainer):
         Raises:
             ValueError: If an example has no prompt or no response.
         """
+        if not examples:
+            return []
         rows = [row if {PROMPT, CHOSEN} <= set(row) else tokenize(row, self.processing_class) for row in examples]
+        if (length := self.args.max_length) is not None:
+            rows = [{**row, CHOSEN: row[CHOSEN][: max(length - len(row[PROMPT]), 0)]} for row in rows]
         pairs = self._write(rows, [generator(seed, _SEGMENTS)] * len(rows), word(seed, _TOKENS))
         return [
             {
@@ -347,7 +364,7 @@ class SAPOTrainer(DPOTrainer):
             source = self._average_weights() if args.ref_update == "ema" else self._policy_weights()
             for reference, weights in zip(self._reference_weights(), source, strict=True):
                 reference.copy_(weights)
-            self._reference_step = step
+            self._references += 1
 
     # ---------------------------------------------------------------------------------------------------------- a batch
 
@@ -377,7 +394,7 @@ class SAPOTrainer(DPOTrainer):
             pairs = fresh
         else:
             self.replay_buffer.extend(fresh)
-            pairs = self.replay_buffer.sample(self.args.per_device_train_batch_size)
+            pairs = self.replay_buffer.sample(self._train_batch_size)
         for pair in pairs:
             pair.draws += 1
         return pairs
@@ -391,19 +408,20 @@ class SAPOTrainer(DPOTrainer):
         if not (self.args.cancels and (self.args.mask_shared_prefix or self.args.share_prefix)):
             return batch
         begins = torch.tensor([len(pair.prompt_ids) + pair.shared for pair in pairs]).repeat(2)
-        batch["completion_mask"] *= torch.arange(batch["completion_mask"].shape[1]) >= begins[:, None]
-        return {**batch, **share_prefixes(pairs, self._pad_token)} if self.args.share_prefix else batch
+        width = batch["completion_mask"].shape[1]
+        batch["completion_mask"] *= torch.arange(width) >= begins[:, None]
+        return {**batch, **share_prefixes(pairs, self._pad_token, width)} if self.args.share_prefix else batch
 
     def _reference_logps(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Log-probabilities under the reference, [B] each; computed for those pairs alone that have none of it."""
-        missing = list({id(pair): pair for pair in pairs if pair.reference != self._reference_step}.values())
+        missing = list({id(pair): pair for pair in pairs if pair.reference != self._references}.values())
         if missing:
             batch = super()._prepare_inputs(self._collate(missing))
             model = self.ref_model if self.ref_model is not None else self.model
             chosen, rejected = self.compute_ref_log_probs(model, batch)
             for pair, *logps in zip(missing, chosen.tolist(), rejected.tolist(), strict=True):
                 pair.ref_chosen, pair.ref_rejected = logps
-                pair.reference = self._reference_step
+                pair.reference = self._references
         found = torch.tensor([(pair.ref_chosen, pair.ref_rejected) for pair in pairs], device=self.accelerator.device)
         chosen, rejected = found.unbind(1)
         return chosen, rejected
@@ -435,7 +453,7 @@ class SAPOTrainer(DPOTrainer):
         with self._references_in_batch(True):
             result = super()._compute_loss(recorder, inputs, return_outputs)
         added, outputs = result if return_outputs else (result, None)
-        logps = recorder.output[:, -(mask.shape[1] - 1) :]
+        logps = recorder.log_probs[:, -(mask.shape[1] - 1) :]
         counted = mask[:, 1:]
         means = (logps * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
         penalty = odds_ratio_penalty(means[:pairs], means[pairs:], self.beta)
@@ -510,25 +528,29 @@ class SAPOTrainer(DPOTrainer):
             state.save_weights(folder, EMA, self._average_weights(), rank=part)
             if self._ref_update_steps is not None:
                 state.save_weights(folder, REFERENCE, self._reference_weights(), rank=part)
-        state.save_buffer(folder, self.replay_buffer, rank=rank, world=self.accelerator.num_processes)
+        world = self.accelerator.num_processes
+        state.save_buffer(folder, self.replay_buffer, rank=rank, world=world, references=self._references)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the parent's, with all that SAPO goes on from."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        folder, rank = Path(checkpoint), self.accelerator.process_index
-        if not (folder / state.FOLDER).is_dir() and self.args.ignore_missing:
-            for average, weights in zip(self._average_weights(), self._policy_weights(), strict=True):
-                average.copy_(weights)
-            return
+        try:
+            self._load_state(Path(checkpoint))
+        except FileNotFoundError:
+            if not self.args.ignore_missing:
+                raise
+            ema_update_(self._average_weights(), self._policy_weights(), 0.0)
+
+    def _load_state(self, folder: Path) -> None:
+        rank = self.accelerator.process_index
         part = rank if self._sharded else None
         state.load_weights(folder, EMA, self._average_weights(), rank=part)
         if self._ref_update_steps is not None:
             state.load_weights(folder, REFERENCE, self._reference_weights(), rank=part)
-            step = int(folder.name.rpartition("-")[2])
-            self._reference_step = step - step % self._ref_update_steps
-        state.load_buffer(folder, self.replay_buffer, rank=rank, world=self.accelerator.num_processes)
+        world = self.accelerator.num_processes
+        self._references = state.load_buffer(folder, self.replay_buffer, rank=rank, world=world)
 
     def save_ema_model(self, output_dir: str) -> None:
         """Write the moving average, with the tokenizer, as a folder that `from_pretrained` reads.
@@ -557,3 +579,8 @@ class _Averaging(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer._after_step(state.global_step)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer._clock = None  # what stands between two steps is no part of a step
+
+    on_evaluate = on_save = on_train_begin
