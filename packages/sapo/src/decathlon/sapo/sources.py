@@ -53,6 +53,8 @@ def _read_any(name: str, split: str, config: str | None, revision: str | None) -
             raise UserError(f"{path}: known are files in {', '.join(FORMATS)}, also with .gz")
         try:
             return load_dataset(kind, data_files=str(path), split="train")
+        except StopIteration:  # from a file of no bytes
+            raise UserError(f"{path} is empty") from None
         except DatasetGenerationError as error:
             raise UserError(f"{path} cannot be read: {error.__cause__ or error}") from error
     if path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):

@@ -57,6 +57,7 @@ def train(parsed: ParsedTrain) -> Any:
     """
     training = parsed.training
     folder, first = Path(training.output_dir or ""), training.process_index == 0
+    _check_numbers(training)
     if parsed.arguments.dataset_name is None and not parsed.arguments.smoke:
         raise UserError("dataset_name is missing: give a file (.jsonl, .parquet), a folder, or an id of the hub")
     if parsed.model.model_name_or_path is None and not parsed.arguments.smoke:
@@ -72,7 +73,12 @@ def train(parsed: ParsedTrain) -> Any:
             RunDirectory(folder, parsed.given)
         with Interruption(deferred=True) as interruption:
             trainer.add_callback(_Stopping(interruption))
-            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+            try:
+                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+            except Exception:
+                if first and not occupied and newest_checkpoint(folder) is None:
+                    _forget(folder)
+                raise
             # gloo's threads must be done with Python's objects before a process ends, or it hangs: so all meet first
             trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(folder))
@@ -80,6 +86,28 @@ def train(parsed: ParsedTrain) -> Any:
             trainer.save_ema_model(str(folder / AVERAGE))
         trainer.accelerator.wait_for_everyone()
     return trainer
+
+
+def _check_numbers(training: Any) -> None:
+    """Refuse settings of transformers that it only finds wrong after data and model have been read.
+
+    Raises:
+        UserError: If one is out of its range.
+    """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(training, name)}")
+    if not 0 <= training.learning_rate < float("inf"):
+        raise UserError(f"learning_rate must be at least 0 and finite, got {training.learning_rate}")
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise UserError(f"nothing is to be trained: num_train_epochs is {training.num_train_epochs}")
+
+
+def _forget(folder: Path) -> None:
+    """Leave a folder free in which nothing has been finished: the corrected command is not to be refused there."""
+    for name in ("config.yaml", "environment.json", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "figures").rmdir()  # empty
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
