@@ -136,7 +136,8 @@ def test_on_a_command_line(tmp_path: Path) -> None:
     parser = TrlParser(SAPOConfig)
     arguments = [
         "--output_dir", str(tmp_path), "--use_cpu", "--loss_type", "hinge", "--segment_length", "16",
-        "--generation_kwargs", '{"repetition_penalty": 1.2}', "--mask_shared_prefix", "false", "--max_prompt_length", "7",
+        "--generation_kwargs", '{"repetition_penalty": 1.2}', "--mask_shared_prefix", "false",
+        "--max_prompt_length", "7",
     ]  # fmt: skip
     (made,) = parser.parse_args_and_config(arguments)
     assert made.loss_type == ["hinge"] and made.segment_length == 16 and not made.mask_shared_prefix

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -169,7 +169,10 @@ class Parrot:
 
 
 class TestPairs:
-    ROWS = [{"prompt_ids": [2, 3], "chosen_ids": list(range(10, 22))}, {"prompt_ids": [4], "chosen_ids": [5, 6, 1]}]
+    ROWS: ClassVar = [
+        {"prompt_ids": [2, 3], "chosen_ids": list(range(10, 22))},
+        {"prompt_ids": [4], "chosen_ids": [5, 6, 1]},
+    ]
 
     def make(self, settings: Any, parrot: Parrot, rows: Any = None, **changes: Any) -> list[Any]:
         args = settings(segment_length=4, **changes)

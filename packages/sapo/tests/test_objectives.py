@@ -298,7 +298,7 @@ class TestDpo:
             orpo_loss(torch.zeros(2) - 1, torch.zeros(2) - 1, beta=beta)
 
     def test_other_losses(self) -> None:
-        with pytest.raises(ValueError, match="loss_type.*'ipo'"):
+        with pytest.raises(ValueError, match=r"loss_type.*'ipo'"):
             dpo_loss(*[torch.zeros(2)] * 4, loss_type="ipo")  # type: ignore[arg-type]
 
 

@@ -25,7 +25,7 @@ PAIRS = {
     "other from the start": pair([7, 10, 8], [13, 14, 1], [20, 21, 22, 1]),
     "one token": pair([7, 11, 8], [1], [20]),
     "one and the same token": pair([7, 8], [1], [1]),
-    "a long one": pair([7, 12, 13, 14, 8], list(range(9, 24)) + [1], list(range(9, 20)) + [5, 6, 22, 23, 1]),
+    "a long one": pair([7, 12, 13, 14, 8], [*list(range(9, 24)), 1], [*list(range(9, 20)), 5, 6, 22, 23, 1]),
 }
 
 
@@ -167,7 +167,7 @@ def test_a_mixture_of_experts_is_refused(make_trainer: Any) -> None:
 
 
 class TestRows:
-    PACKED = share_prefixes([PAIRS["usual"], PAIRS["one token"]], pad_token=0)
+    PACKED = share_prefixes([PAIRS["usual"], PAIRS["one token"]], pad_token=0, width=9)
 
     def test_by_hand(self) -> None:
         one, two = PAIRS["usual"], PAIRS["one token"]

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -48,13 +49,12 @@ def check_the_same(found: Any, wanted: Any) -> None:
         assert list(found.replay_buffer) == list(wanted.replay_buffer)
         assert found.replay_buffer.counts == wanted.replay_buffer.counts
         assert found.replay_buffer._rng.getstate() == wanted.replay_buffer._rng.getstate()
-    timed = ("sapo/generation_share", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos",
-             "train_loss")  # fmt: skip
+    others = ("sapo/generation_share", "num_tokens")  # of the clock, and trl counts these from 0 again
     rows = [
-        [{name: value for name, value in row.items() if name not in timed} for row in trainer.state.log_history]
+        [{name: value for name, value in row.items() if name not in others} for row in trainer.state.log_history[:-1]]
         for trainer in (found, wanted)
     ]
-    assert len(rows[0]) == len(rows[1]) and rows[0] == rows[1]
+    assert rows[0] == rows[1] and len(rows[0]) == 9
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -118,11 +118,11 @@ class TestFolders:
             "ema.safetensors", "rank-0.pt", "ref.safetensors",
         ]  # fmt: skip
 
-    def test_no_reference_that_stays(self, make_trainer: Any, saved: Path) -> None:
+    def test_no_reference_that_stays(self, make_trainer: Any) -> None:
         trainer = make_trainer(**{**LONG, **ORPO})
         trainer.train()
         found = Path(trainer.args.output_dir) / "checkpoint-5" / "sapo"
-        assert sorted(path.name for path in found.iterdir())[0] == "ema.safetensors"
+        assert sorted(path.name for path in found.iterdir()) == ["ema.safetensors", "rank-0.pt"]
 
     def test_old_ones_go(self, make_trainer: Any) -> None:
         trainer = make_trainer(**{**LONG, "save_steps": 2, "save_total_limit": 1})
@@ -175,8 +175,6 @@ class TestOthers:
 
         trainer._writer.write = spy
         trainer.train(resume_from_checkpoint=str(plain))
-        from transformers import AutoModelForCausalLM
-
         policy = AutoModelForCausalLM.from_pretrained(plain)
         assert torch.equal(averages[0], policy.lm_head.weight)
         assert not torch.equal(averages[0], tiny_model().lm_head.weight)
@@ -195,9 +193,13 @@ class TestOthers:
             trainer.train(resume_from_checkpoint=str(saved))
         assert len(trainer.replay_buffer) == 6
 
-    def test_another_interval(self, make_trainer: Any, saved: Path) -> None:
+    def test_another_interval(self, make_trainer: Any) -> None:
         """What was kept of a reference is not taken for what another one would say."""
-        trainer = make_trainer(**{**LONG, "ref_update_steps": 100})
+        settings = {**LONG, "buffer_size": 40, "learning_rate": 0.05}
+        first = make_trainer(**{**settings, "max_steps": 5})
+        first.train()
+        saved = Path(first.args.output_dir) / "checkpoint-5"
+        trainer = make_trainer(**{**settings, "ref_update_steps": 100, "max_steps": 12})
         look_up, errors = trainer._reference_logps, []
 
         def checked(pairs: Any) -> Any:

@@ -123,14 +123,14 @@ class TestBuffers:
 
     def saved(self, folder: Path, *buffers: ReplayBuffer | None) -> None:
         for rank, buffer in enumerate(buffers):
-            save_buffer(folder, buffer, rank=rank, world=len(buffers))
+            save_buffer(folder, buffer, rank=rank, world=len(buffers), references=3)
 
     def load(self, folder: Path, world: int, capacity: int = 6) -> list[ReplayBuffer]:
         buffers = [ReplayBuffer(capacity, seed=rank) for rank in range(world)]
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for rank, buffer in enumerate(buffers):
-                load_buffer(folder, buffer, rank=rank, world=world)
+                assert load_buffer(folder, buffer, rank=rank, world=world) == 3
         self.said = [str(warning.message) for warning in said]
         return buffers
 
@@ -202,5 +202,5 @@ class TestBuffers:
     def test_one_that_executes_something_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "sapo").mkdir()
         torch.save({"world": 1, "buffer": Path("x")}, tmp_path / "sapo" / "rank-0.pt")
-        with pytest.raises(Exception, match="(?i)weights.only"):
+        with pytest.raises(Exception, match=r"(?i)weights.only"):
             load_buffer(tmp_path, ReplayBuffer(3), rank=0, world=1)

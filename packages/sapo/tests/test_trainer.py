@@ -1,4 +1,4 @@
-"""The training loop: losses by hand, the average, the reference, the buffer, the log, and what trl's trainers can do."""
+"""The training loop: losses by hand, average, reference, buffer, the log, and what trl's trainers can do."""
 
 from __future__ import annotations
 
@@ -416,7 +416,9 @@ class TestBuffer:
         assert [pair.step for pair in trainer.replay_buffer] == [2] * 2 + [3] * 4 + [4] * 4
 
     def test_batches_are_drawn_from_it(self, make_trainer: Any) -> None:
-        trainer = make_trainer(max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=2, buffer_size=40)
+        trainer = make_trainer(
+            max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=2, buffer_size=40
+        )
         drawn = recorded(trainer)
         trainer.train()
         assert [len(batch) for batch in drawn] == [2] * 12
