@@ -194,10 +194,8 @@ class TestRows:
     def test_who_sees_whom(self) -> None:
         seen = visible(self.PACKED["packed_parts"])[0, 0]
         for place in range(14):
-            if place < 9:  # prompt, what is shared, the chosen rest
-                wanted = set(range(place + 1))
-            else:  # the copy of the last shared token, and the rejected rest
-                wanted = {0, 1, 2, 3, *range(9, place + 1)}
+            # up to there prompt, what is shared, the chosen rest; then the copy of the last shared token and the rejected
+            wanted = set(range(place + 1)) if place < 9 else {0, 1, 2, 3, *range(9, place + 1)}
             assert set(seen[place].nonzero().flatten().tolist()) == wanted, place
 
     def test_padding_sees_and_is_seen_by_padding_alone(self) -> None:
