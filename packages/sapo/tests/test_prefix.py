@@ -194,7 +194,7 @@ class TestRows:
     def test_who_sees_whom(self) -> None:
         seen = visible(self.PACKED["packed_parts"])[0, 0]
         for place in range(14):
-            # up to there prompt, what is shared, the chosen rest; then the copy of the last shared token and the rejected
+            # first prompt, what is shared, the chosen rest; then the copy of the last shared token, the rejected rest
             wanted = set(range(place + 1)) if place < 9 else {0, 1, 2, 3, *range(9, place + 1)}
             assert set(seen[place].nonzero().flatten().tolist()) == wanted, place
 
