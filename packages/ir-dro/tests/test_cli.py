@@ -122,7 +122,10 @@ def test_adapters(command: list[str]) -> None:
 
 def test_evaluation_during_training(capsys: pytest.CaptureFixture[str]) -> None:
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "2"]
-    assert main([*TRAIN, *evaluation, "--output_dir", "run"]) == 0
+    assert main([*TRAIN, *evaluation, "--output_dir", "run"]) == 2, "what is trained on is no test"
+    assert "texts.jsonl is one file, without a split to evaluate on" in capsys.readouterr().err
+    Dataset.from_json("texts.jsonl").select(range(8)).to_json("held-out.jsonl")
+    assert main([*TRAIN, *evaluation, "--dataset_test_name", "held-out.jsonl", "--output_dir", "run"]) == 0
     assert [row["step"] for row in logged("run") if "eval_loss" in row] == [2, 4]
     assert main([*STREAM, *evaluation, "--output_dir", "stream"]) == 2
     assert "eval_strategy: c4 is a stream" in capsys.readouterr().err

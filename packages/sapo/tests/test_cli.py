@@ -120,9 +120,12 @@ def test_adapters() -> None:
     assert policy.keys() == average.keys() and any(not torch.equal(policy[name], average[name]) for name in policy)
 
 
-def test_evaluation_during_training() -> None:
+def test_evaluation_during_training(capsys: pytest.CaptureFixture[str]) -> None:
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "2"]
-    assert main([*TRAIN, *evaluation, "--output_dir", "run"]) == 0
+    assert main([*TRAIN, *evaluation, "--output_dir", "run"]) == 2, "what is trained on is no test"
+    assert "good.jsonl is one file, without a split to evaluate on" in capsys.readouterr().err
+    Path("held-out.jsonl").write_bytes(Path("good.jsonl").read_bytes())
+    assert main([*TRAIN, *evaluation, "--dataset_test_name", "held-out.jsonl", "--output_dir", "run"]) == 0
     assert [row["step"] for row in logged("run") if "eval_loss" in row] == [2, 4]
 
 

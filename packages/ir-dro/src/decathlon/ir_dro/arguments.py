@@ -92,6 +92,9 @@ class RunArguments:
         None, "Branch, tag or commit of a data set of the hub; the newest if not given."
     )
     dataset_train_split: str = _option("train", "Split to train on.")
+    dataset_test_name: str | None = _option(
+        None, "Data to evaluate on, if they are others than dataset_name, as where that is a file."
+    )
     dataset_test_split: str = _option("test", "Split to evaluate on, if eval_strategy is not no.")
     num_processes: int | None = _option(
         None, "Refuse to run with another number: it decides how many samples a step has. A run records its own."

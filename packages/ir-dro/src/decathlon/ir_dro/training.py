@@ -106,6 +106,22 @@ def _forget(folder: Path) -> None:
     (folder / "figures").rmdir()  # empty
 
 
+def _test_name(given: Any) -> str:
+    """The data to evaluate on.
+
+    Raises:
+        UserError: If they would be those that are trained on.
+    """
+    name = given.dataset_test_name or given.dataset_name or ""
+    path = Path(name.partition(":")[2] if not Path(name).exists() else name)
+    if given.dataset_test_name is None and path.is_file() and not given.smoke:
+        raise UserError(
+            f"eval_strategy: {name} is one file, without a split to evaluate on; give --dataset_test_name, or set "
+            "eval_strategy to no"
+        )
+    return name
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole: the state of the trainer is what is written last."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
@@ -138,9 +154,9 @@ def _trainer(parsed: ParsedTrain, folder: Path) -> Any:
             name = str(stand_in) if stand_in.is_dir() else smoke.write_model(name, stand_in)
         check_model(name, model.model_revision)
         tokenizer = load_tokenizer(name, revision=model.model_revision)
-        data = _read(parsed, run.dataset_train_split, tokenizer)
+        data = _read(parsed, run.dataset_name or "", run.dataset_train_split, tokenizer)
         evaluates = training.eval_strategy != "no"
-        test = _read(parsed, run.dataset_test_split, tokenizer) if evaluates else None
+        test = _read(parsed, _test_name(run), run.dataset_test_split, tokenizer) if evaluates else None
     options: dict[str, Any] = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -190,19 +206,18 @@ def _adapters(model: ModelArguments) -> Any:
     )
 
 
-def _read(parsed: ParsedTrain, split: str, tokenizer: Any) -> Any:
+def _read(parsed: ParsedTrain, name: str, split: str, tokenizer: Any) -> Any:
     run, texts, training = parsed.run, parsed.texts, parsed.training
-    name = run.dataset_name or ""
     made_up = run.smoke and not is_local(name)
     if texts is None:
-        data = smoke.make_answers() if made_up else _rows(parsed, split)
+        data = smoke.make_answers() if made_up else _rows(parsed, name, split)
         return data.select(range(min(smoke.ROWS, len(data)))) if run.smoke else data
     if is_stream(name) and not made_up:
         # of processes that take their samples out of one batch each batch must have one width; so each reads for itself
         training.accelerator_config.dispatch_batches = False
         seed = _C4_SEED if training.data_seed is None else training.data_seed
         return read_stream(name, tokenizer, max_length=texts.max_length, seed=seed, buffer_size=texts.shuffle_buffer)
-    data = smoke.make_texts() if made_up else _rows(parsed, split)
+    data = smoke.make_texts() if made_up else _rows(parsed, name, split)
     column = TextArguments.dataset_text_field if made_up else texts.dataset_text_field
     data = data.select(range(min(smoke.ROWS, len(data)))) if run.smoke else data
     tokens = tokenize(data, tokenizer, max_length=texts.max_length, column=column)
@@ -211,9 +226,9 @@ def _read(parsed: ParsedTrain, split: str, tokenizer: Any) -> Any:
     return tokens
 
 
-def _rows(parsed: ParsedTrain, split: str) -> Any:
+def _rows(parsed: ParsedTrain, name: str, split: str) -> Any:
     run = parsed.run
-    return read_dataset(run.dataset_name or "", split=split, config=run.dataset_config, revision=run.dataset_revision)
+    return read_dataset(name, split=split, config=run.dataset_config, revision=run.dataset_revision)
 
 
 class _Stopping(TrainerCallback):

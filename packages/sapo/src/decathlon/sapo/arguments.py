@@ -82,6 +82,9 @@ class TrainArguments:
         None, "Branch, tag or commit of a data set of the hub; the newest if not given."
     )
     dataset_train_split: str = _option("train", "Split to train on.")
+    dataset_test_name: str | None = _option(
+        None, "Data to evaluate on, if they are others than dataset_name, as where that is a file."
+    )
     dataset_test_split: str = _option("test", "Split to evaluate on, if eval_strategy is not no.")
     lstrip_messages: bool = _option(
         False, "Strip leading blanks of each message of a conversation, as the paper's preparation does."

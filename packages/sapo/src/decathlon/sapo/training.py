@@ -110,6 +110,22 @@ def _forget(folder: Path) -> None:
     (folder / "figures").rmdir()  # empty
 
 
+def _test_name(given: Any) -> str:
+    """The data to evaluate on.
+
+    Raises:
+        UserError: If they would be those that are trained on.
+    """
+    name = given.dataset_test_name or given.dataset_name or ""
+    path = Path(name.partition(":")[2] if not Path(name).exists() else name)
+    if given.dataset_test_name is None and path.is_file() and not given.smoke:
+        raise UserError(
+            f"eval_strategy: {name} is one file, without a split to evaluate on; give --dataset_test_name, or set "
+            "eval_strategy to no"
+        )
+    return name
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole: the state of the trainer is what is written last."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
@@ -158,9 +174,9 @@ def _trainer(parsed: ParsedTrain, folder: Path) -> Any:
         tokenizer = load_tokenizer(name, revision=model.model_revision, trust_remote_code=training.trust_remote_code)
         if arguments.chat_template is not None:
             set_template(tokenizer, arguments.chat_template)
-        data = _read(parsed, arguments.dataset_train_split)
+        data = _read(parsed, arguments.dataset_name or "", arguments.dataset_train_split)
         evaluates = training.eval_strategy != "no"
-        test = _read(parsed, arguments.dataset_test_split) if evaluates else None
+        test = _read(parsed, _test_name(arguments), arguments.dataset_test_split) if evaluates else None
     kind: Any = SFTTrainer if arguments.sft else SAPOTrainer
     return kind(
         model=name,
@@ -174,9 +190,8 @@ def _trainer(parsed: ParsedTrain, folder: Path) -> Any:
     )
 
 
-def _read(parsed: ParsedTrain, split: str) -> Dataset:
+def _read(parsed: ParsedTrain, name: str, split: str) -> Dataset:
     arguments = parsed.arguments
-    name = arguments.dataset_name or ""
     if arguments.smoke and not (name and Path(name).exists()):
         data = smoke.make_dataset()
     else:
