@@ -136,3 +136,19 @@ def test_no_git_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     run = RunDirectory(tmp_path / "run")
     assert json.loads((run.path / "environment.json").read_text())["commit"] is None
+
+
+def test_a_run_that_came_to_nothing_leaves_its_directory_free(tmp_path):
+    run = RunDirectory(tmp_path / "run", Config())
+    run.log(step=1)
+    run.abandon()
+    assert not any(run.path.iterdir())
+    RunDirectory(tmp_path / "run", Config(rate=0.5))
+
+
+def test_a_run_that_came_to_something_stays(tmp_path):
+    run = RunDirectory(tmp_path / "run", Config())
+    (run.path / "model.bin").touch()
+    run.abandon()
+    with pytest.raises(UserError, match="holds a run already: give --resume"):
+        RunDirectory(tmp_path / "run", Config())

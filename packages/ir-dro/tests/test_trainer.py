@@ -409,13 +409,22 @@ def test_what_cannot_be_combined(make_trainer: Any, tiny_model: Any, tmp_path: P
 def test_a_slice_past_the_end(make_trainer: Any) -> None:
     with pytest.raises(ValueError, match=r"dro_portion 2 begins past .* 8 samples .*: the largest is 1"):
         make_trainer(dro_strategy="rank", dro_fraction=0.5, dro_portion=2)
+    with pytest.raises(ValueError, match="dro_portion 3 begins past the last of a step's 2 samples"):
+        make_trainer(
+            dro_strategy="rank",
+            dro_portion=3,
+            dro_scope="device",
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+        )
 
 
 def test_a_short_last_step_takes_the_last_slice_there_is(make_trainer: Any) -> None:
     """Of 9 samples in steps of 8, the last step has one, and no second slice."""
     data = make_rows().select(range(9))
     trainer = make_trainer(data=data, dro_strategy="rank", max_steps=-1, num_train_epochs=1)
-    trainer.train()
+    with pytest.warns(UserWarning, match="a step of about 1 samples has no slice 1: the last one, 0, is trained"):
+        trainer.train()
     assert trainer.state.global_step == 2
     assert trainer.state.log_history[1]["ir_dro/max_weight"] == 1
 

@@ -13,10 +13,10 @@ from datasets import Dataset
 
 from decathlon.sapo import arms, letters
 from decathlon.sapo.arms import Tuning, train_arm, train_start
-from decathlon.sapo.cells import make_pairs
+from decathlon.sapo.cells import given_pairs
 from decathlon.sapo.protocol import ABLATIONS, ARMS, Recipe
 
-PAIRS = make_pairs(Recipe(examples=16, batch_size=8), seed=0)
+PAIRS = given_pairs(Recipe(examples=16, batch_size=8), seed=0)
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_model("llama", Path("model"))
     rows = [{"prompt": f"How long do {n} eggs boil? ", "completion": f"About {n + 8} minutes."} for n in range(16)]
     Dataset.from_list(rows).to_json("good.jsonl")
+    Path("nothing.jsonl").touch()
     make_dataset().to_json("chats.jsonl")
     return tmp_path
 
@@ -439,6 +440,11 @@ def without(words: list[str], *flags: str) -> list[str]:
         ([*TRAIN, "--segment_length", "0"], "segment_length must be at least 1, got 0"),
         ([*TRAIN, "--tail_margin", "-1"], "tail_margin must not be negative, got -1"),
         ([*TRAIN, "--ema_decay", "1.5"], "ema_decay must lie between 0 and 1, got 1.5"),
+        ([*TRAIN, "--learning_rate", "-1"], "learning_rate must be at least 0 and finite, got -1.0"),
+        ([*TRAIN, "--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, got 0"),
+        ([*TRAIN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1, got 0"),
+        ([*TRAIN, "--loss_type", "nonsense"], "loss_type must be of orpo, sigmoid, "),
+        ([*TRAIN, "--dataset_name", "nothing.jsonl"], "nothing.jsonl is empty"),
         ([*TRAIN, "--buffer_size", "-1"], "buffer_size must not be negative, got -1"),
         ([*TRAIN, "--sample_every_n_steps", "0"], "sample_every_n_steps must be at least 1, got 0"),
         ([*TRAIN, "--sample_every_n_steps", "2", "--buffer_size", "0"], "needs a buffer for the steps between"),
@@ -596,3 +602,17 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "decathlon.sapo", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("decathlon-sapo ")
+
+
+def test_a_failure_leaves_the_folder_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What breaks in the first step is not in the way of the corrected command."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("decathlon.sapo.trainer.SAPOTrainer.training_step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            main([*TRAIN, "--max_steps", "1", "--output_dir", "failed"])
+    assert not Path("failed/config.yaml").exists()
+    assert main([*TRAIN, "--max_steps", "1", "--output_dir", "failed"]) == 0

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from decathlon.sapo import SAPOConfig, Segment
 from decathlon.sapo.generation import Writer, end_tokens
-from decathlon.sapo.making import generator, make_pairs, word
+from decathlon.sapo.making import generator, make_pairs, seed_of
 
 PREFIXES = [[7, 9, 8], [7], [7, 10, 13, 14, 8, 20, 21], [7, 11, 8], [3, 7, 9, 4], [12, 8], [5, 6, 7, 8, 9]]
 LENGTHS = [5, 6, 3, 6, 1, 4, 6]
@@ -221,7 +221,7 @@ class TestPairs:
 class TestSeeds:
     def test_they_stay_the_same_for_ever(self) -> None:
         """Or runs could not be repeated with another version."""
-        assert word(42, 1, 3, 0, 0) == 3434401253571848732
+        assert seed_of(42, 1, 3, 0, 0) == 3434401253571848732
 
     def test_each_number_counts(self) -> None:
         numbers = [
@@ -232,8 +232,8 @@ class TestSeeds:
             (42, 0, 3, 0, 0),
             (0, 0, 3, 1, 0),
         ]
-        assert len({word(*row) for row in numbers}) == len(numbers)
-        assert all(0 <= word(*row) < 2**63 for row in numbers)
+        assert len({seed_of(*row) for row in numbers}) == len(numbers)
+        assert all(0 <= seed_of(*row) < 2**63 for row in numbers)
 
     def test_generators_are_their_own(self) -> None:
         random.seed(0)

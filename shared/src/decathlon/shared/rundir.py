@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -53,6 +54,14 @@ class RunDirectory:
         with atomic_path(self.path / "environment.json") as temporary:
             temporary.write_text(to_json(environment()) + "\n", encoding="utf-8")
         self.figures.mkdir(exist_ok=True)
+
+    def abandon(self) -> None:
+        """Leave the directory free for another run, if it holds nothing but what a run begins with."""
+        begun = {"config.yaml", "environment.json", "metrics.jsonl", "figures"}
+        if all(child.name in begun or child.name.startswith(".") for child in self.path.iterdir()):
+            for name in begun - {"figures"}:
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.figures, ignore_errors=True)
 
     def log(self, **metrics: Any) -> None:
         """Append one line of JSON to `metrics.jsonl`."""

@@ -8,20 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from decathlon.ir_dro.losses import SampleLosses, sample_ids_from_position_ids, sample_losses, token_cross_entropy
 from decathlon.ir_dro.objectives import (
     IRDROOutput,
     OnlineNormalizer,
     OnlineUpdate,
-    SampleLosses,
     ir_dro_loss,
     ir_dro_weights,
     linear_rescale,
     rank_weights,
-    sample_ids_from_position_ids,
-    sample_losses,
     shape_score,
     shaped_weights,
-    token_cross_entropy,
     trim_highest,
 )
 

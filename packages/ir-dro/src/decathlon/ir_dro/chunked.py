@@ -1,4 +1,4 @@
-"""Cross-entropy of many logits in little memory: what `objectives.token_cross_entropy` computes with."""
+"""Cross-entropy of many logits in little memory: what `losses.token_cross_entropy` computes with."""
 
 from __future__ import annotations
 

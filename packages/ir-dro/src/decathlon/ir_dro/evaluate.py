@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from decathlon.ir_dro.objectives import SampleLosses, sample_ids_from_position_ids, sample_losses, token_cross_entropy
+from decathlon.ir_dro.losses import SampleLosses, sample_ids_from_position_ids, sample_losses, token_cross_entropy
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers.training_args import OptimizerNames
 
+from decathlon.ir_dro.checks import accurate_dtype
 from decathlon.ir_dro.config import DROSettings
+from decathlon.ir_dro.losses import SampleLosses, sample_ids_from_position_ids, sample_losses, token_cross_entropy
 from decathlon.ir_dro.objectives import (
     OnlineNormalizer,
-    SampleLosses,
-    accurate_dtype,
+    last_portion,
     rank_capacity,
-    sample_ids_from_position_ids,
-    sample_losses,
-    token_cross_entropy,
 )
 from decathlon.ir_dro.weighting import (
     Samples,
@@ -86,7 +83,7 @@ class IRDROMixin(_Trainer):
     Raises:
         TypeError: If the settings are not such.
         ValueError: If they do not go with the rest: a loss function of one's own, liger's fused loss, several GPUs in
-            one process, a model that is no causal one.
+            one process, context parallelism, a model that is no causal one, a slice that no step has.
     """
 
     loss_is_scaled_for_ga = True
@@ -132,10 +129,11 @@ class IRDROMixin(_Trainer):
             raise ValueError(f"dro_accumulation 'online' cannot be had with {reason}: take 'two-pass' or 'auto'")
         samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * self._world
         if args.dro_strategy == "rank" and not self._packed:
-            last = (samples - 1) // rank_capacity(samples, args.dro_fraction)
+            ranked = args.per_device_train_batch_size if args.dro_scope == "device" else samples
+            last = last_portion(ranked, rank_capacity(ranked, args.dro_fraction))
             if args.dro_portion > last:
                 raise ValueError(
-                    f"dro_portion {args.dro_portion} begins past the last of a step's {samples} samples with "
+                    f"dro_portion {args.dro_portion} begins past the last of a step's {ranked} samples with "
                     f"dro_fraction {args.dro_fraction}: the largest is {last}"
                 )
         if samples == 1 and not self._packed:
@@ -164,7 +162,7 @@ class IRDROMixin(_Trainer):
         kind = self.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return f"{kind.value}, which keeps the gradients to itself"
-        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+        if any(hasattr(parameter, "to_local") for parameter in self.model.parameters()):
             return "a model whose weights are sharded, which keeps the gradients to itself"
         if len({parameter.device for parameter in self.model.parameters()}) > 1:
             return "a model on several devices"
@@ -271,7 +269,7 @@ class IRDROMixin(_Trainer):
             samples, weights = self._weigh(step, samples, last)
             self._remember(step, samples, weights, last and counted)
         kept = found.losses.masked_fill(~samples.valid, 0.0)
-        loss = (weights.to(kept.device) * kept).sum() * self._world
+        loss = (weights.to(kept) * kept).sum() * self._world
         if (further := self._further_loss(outputs)) is not None:
             loss = loss + further / step.micro_batches
         step.value = step.value + loss.detach()
@@ -423,6 +421,14 @@ class IRDROMixin(_Trainer):
             )
         if self.args.dro_strategy == "rank" and 0 < found["ir_dro/valid_samples"] * self.args.dro_fraction < 1:
             self._say("dro_fraction of a step's samples is less than one sample: one is chosen")
+        number = int(found["ir_dro/valid_samples"])
+        if self.args.dro_strategy == "rank" and self.args.dro_scope == "global" and number > 0:
+            last = last_portion(number, rank_capacity(number, self.args.dro_fraction))
+            if self.args.dro_portion > last:
+                self._say(
+                    f"a step of about {number} samples has no slice {self.args.dro_portion}: the last one, {last}, is "
+                    "trained. Lower dro_portion, or take larger steps"
+                )
 
     def _say(self, text: str) -> None:
         if text not in self._told:

@@ -1,4 +1,5 @@
-"""The mathematics of instance-reweighted training (IR-DRO, arXiv 2402.14270), one function for each equation.
+"""The mathematics of instance-reweighted training (IR-DRO, arXiv 2402.14270), one function for each equation: from
+losses of samples (`decathlon.ir_dro.losses`) to their weights.
 
 Notation: an effective batch holds N samples; l_i is the mean cross-entropy of the loss tokens of sample i, in nats. A
 sample without loss tokens is not part of the problem: it has no weight and is not counted in N. Everything about
@@ -15,23 +16,18 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from decathlon.ir_dro.chunked import ChunkedCrossEntropy
+from decathlon.ir_dro.checks import (
+    accurate_dtype,
+    check_known,
+    check_positive,
+    check_temperature,
+    checked_valid,
+    checked_whole,
+    narrow,
+)
 
 SHAPES = ("quadratic", "linear", "upper", "linupper", "extremes")
-REDUCTIONS = ("mean", "sum")
 _NARROWEST = 1e-6  # of the range of losses, so that equal losses get equal weights
-
-
-class SampleLosses(NamedTuple):
-    """Losses of samples.
-
-    Attributes:
-        losses: [S], in nats; 0 for a sample without loss tokens.
-        counts: Loss tokens, int64 [S].
-    """
-
-    losses: Tensor
-    counts: Tensor
 
 
 class IRDROOutput(NamedTuple):
@@ -63,115 +59,6 @@ class OnlineUpdate(NamedTuple):
     weights: Tensor
     decay: Tensor
     log_normalizer: Tensor
-
-
-# ------------------------------------------------------------------------------------------------------------ losses
-
-
-def token_cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    shift: bool = True,
-    label_smoothing: float = 0.0,
-    chunk_tokens: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every token, -log p(y_t | y_<t), and which tokens have one.
-
-    Args:
-        logits: [B, T, V].
-        labels: int64 [B, T].
-        ignore_index: Label of a token that is not to be learned.
-        shift: Whether the logits at a place are for the label at the next, as those of a language model are.
-        label_smoothing: e: the loss is (1 - e) of the cross-entropy and e of the mean of -log p over the vocabulary, as
-            transformers has it.
-        chunk_tokens: Tokens at a time; the copies that are needed of the logits are of this many.
-
-    Returns:
-        Losses, [B, T - 1] ([B, T] without `shift`), float32, or float64 for such logits, 0 where there is none; and the
-        mask, bool, of the same shape.
-
-    Raises:
-        ValueError: If shapes do not fit, or an argument is out of its range.
-    """
-    if logits.ndim != 3 or labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"logits must be [B, T, V] and labels [B, T], got {list(logits.shape)} and {list(labels.shape)}"
-        )
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    if shift:  # of the labels, as the logits would have to be copied
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
-    losses: Tensor = ChunkedCrossEntropy.apply(
-        logits.flatten(0, 1), labels.flatten(), ignore_index, label_smoothing, chunk_tokens
-    )
-    losses, mask = losses.unflatten(0, labels.shape), labels != ignore_index
-    return (losses[:, :-1], mask[:, :-1]) if shift else (losses, mask)
-
-
-def sample_ids_from_position_ids(position_ids: Tensor) -> Tensor:
-    """Which sample of its row a token of a packed batch belongs to: position 0 begins one.
-
-    Args:
-        position_ids: Place of a token within its sample, [B, T].
-
-    Returns:
-        int64 [B, T], counted from 0 in each row.
-
-    Raises:
-        ValueError: If it is not of two dimensions.
-    """
-    if position_ids.ndim != 2:
-        raise ValueError(f"position_ids must be [B, T], got {list(position_ids.shape)}")
-    return (position_ids == 0).cumsum(dim=1) - 1
-
-
-def sample_losses(
-    token_losses: Tensor, mask: Tensor, *, sample_ids: Tensor | None = None, reduction: str = "mean"
-) -> SampleLosses:
-    """Losses of samples: l_i = (1 / n_i) sum_t of the losses of its tokens.
-
-    Args:
-        token_losses: [B, T].
-        mask: Which of them count, bool [B, T].
-        sample_ids: Sample of its row that a token belongs to, from 0, [B, T]; None: a row is a sample.
-        reduction: "mean" or "sum" over the tokens of a sample.
-
-    Returns:
-        Losses and counts: of the rows, or of the samples of row 0, then of row 1, and so on. A sample without a token
-        that counts keeps its place, with loss 0 and count 0.
-
-    Raises:
-        ValueError: If shapes do not fit, an id is negative, or the reduction is not known.
-    """
-    _check_known("reduction", reduction, REDUCTIONS)
-    if token_losses.ndim != 2 or mask.shape != token_losses.shape:
-        raise ValueError(f"token_losses and mask must be [B, T], got {list(token_losses.shape)} and {list(mask.shape)}")
-    mask = mask.bool()
-    token_losses = token_losses.masked_fill(~mask, 0.0)
-    if sample_ids is None:
-        totals, counts = token_losses.sum(dim=1), mask.sum(dim=1)
-    else:
-        if sample_ids.shape != token_losses.shape:
-            raise ValueError(f"sample_ids must be {list(token_losses.shape)}, got {list(sample_ids.shape)}")
-        places, size = _places(sample_ids)
-        totals = token_losses.new_zeros(size).index_add(0, places, token_losses.flatten())
-        counts = mask.new_zeros(size, dtype=torch.int64).index_add(0, places, mask.flatten().long())
-    return SampleLosses(totals / counts.clamp(min=1) if reduction == "mean" else totals, counts)
-
-
-def _places(sample_ids: Tensor) -> tuple[Tensor, int]:
-    """Place of each token's sample among those of all rows, [B T], and their number."""
-    if sample_ids.numel() == 0:
-        return sample_ids.flatten().long(), 0
-    sizes = sample_ids.max(dim=1).values + 1
-    size, lowest = torch.stack((sizes.sum(), sample_ids.min())).tolist()  # how many there are decides a shape
-    if lowest < 0:
-        raise ValueError(f"sample_ids must be at least 0, got {lowest}: the first position of a row must be 0")
-    return (sample_ids + (sizes.cumsum(0) - sizes)[:, None]).flatten(), int(size)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -272,7 +159,7 @@ class OnlineNormalizer:
     """
 
     def __init__(self, temperature: float = 1.0, *, checked: bool = True) -> None:
-        _check_temperature(temperature)
+        check_temperature(temperature)
         self.temperature = temperature
         self._scores = _checked_scores if checked else _scores
         self.log_normalizer: Tensor | None = None
@@ -344,12 +231,12 @@ def rank_weights(
     Raises:
         ValueError: If an argument is out of its range, or the slice begins past the last sample.
     """
-    valid = _checked_valid(losses, valid)
+    valid = checked_valid(losses, valid)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
-    portion = _whole("portion", portion, 0)
-    capacity = None if capacity is None else _whole("capacity", capacity, 1)
-    weights = torch.zeros_like(_narrow(losses.detach(), losses))
+    portion = checked_whole("portion", portion, 0)
+    capacity = None if capacity is None else checked_whole("capacity", capacity, 1)
+    weights = torch.zeros_like(narrow(losses.detach(), losses))
     number = int(valid.sum())
     if number == 0:
         return weights
@@ -357,7 +244,7 @@ def rank_weights(
     if portion * size >= number:
         raise ValueError(
             f"portion {portion} of {size} samples begins past the last of {number}: the largest is "
-            f"{(number - 1) // size}"
+            f"{last_portion(number, size)}"
         )
     order = _by_falling_loss(losses, valid)[:number]
     chosen = order[portion * size : (portion + 1) * size]
@@ -368,6 +255,11 @@ def rank_weights(
 def rank_capacity(number: int, fraction: float) -> int:
     """Samples in a slice of the ranking: c = max(1, int(fraction N))."""
     return max(1, int(fraction * number))
+
+
+def last_portion(number: int, capacity: int) -> int:
+    """Number of the last slice of a ranking of N samples in slices of c, counted from 0: (N - 1) // c."""
+    return max(number - 1, 0) // capacity
 
 
 def trim_highest(losses: Tensor, trim: float, *, valid: Tensor | None = None) -> Tensor:
@@ -384,7 +276,7 @@ def trim_highest(losses: Tensor, trim: float, *, valid: Tensor | None = None) ->
     Raises:
         ValueError: If an argument is out of its range.
     """
-    valid = _checked_valid(losses, valid)
+    valid = checked_valid(losses, valid)
     if not 0 <= trim <= 1:
         raise ValueError(f"trim must lie between 0 and 1, got {trim}")
     number = int(valid.sum())
@@ -412,12 +304,12 @@ def linear_rescale(
     Raises:
         ValueError: If an argument is out of its range.
     """
-    _check_positive("delta", delta)
+    check_positive("delta", delta)
     if not isinstance(loss_min, Tensor) and not isinstance(loss_max, Tensor) and not loss_min <= loss_max:
         raise ValueError(f"loss_min must be at most loss_max, got {loss_min} and {loss_max}")
     wide = losses.to(accurate_dtype(losses.device))
     low, high = (torch.as_tensor(bound, dtype=wide.dtype, device=wide.device) for bound in (loss_min, loss_max))
-    return _narrow(delta * (2 * wide - low - high) / (high - low).clamp(min=_NARROWEST), losses)
+    return narrow(delta * (2 * wide - low - high) / (high - low).clamp(min=_NARROWEST), losses)
 
 
 def shape_score(x: Tensor, shape: str = "quadratic", *, delta: float = 1.0) -> Tensor:
@@ -437,8 +329,8 @@ def shape_score(x: Tensor, shape: str = "quadratic", *, delta: float = 1.0) -> T
     Raises:
         ValueError: If the shape is not known, or `delta` not above 0.
     """
-    _check_known("shape", shape, SHAPES)
-    _check_positive("delta", delta)
+    check_known("shape", shape, SHAPES)
+    check_positive("delta", delta)
     if shape == "quadratic":
         return 1 - x.square() / delta**2
     if shape == "upper":
@@ -446,6 +338,28 @@ def shape_score(x: Tensor, shape: str = "quadratic", *, delta: float = 1.0) -> T
     if shape == "linupper":
         return (x + delta).clamp(max=delta)
     return x.abs() if shape == "extremes" else x
+
+
+def shaped_losses(
+    losses: Tensor, *, shape: str, delta: float, loss_min: float | Tensor, loss_max: float | Tensor
+) -> Tensor:
+    """f(h(l)), what the softmax of `shaped_weights` is of, in the accurate precision.
+
+    Args:
+        losses: Of the samples, [N].
+        shape: As in `shape_score`.
+        delta: As in `linear_rescale`.
+        loss_min: As in `linear_rescale`.
+        loss_max: As in `linear_rescale`.
+
+    Returns:
+        [N]; float64 where the device has it.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    wide = losses.to(accurate_dtype(losses.device))
+    return shape_score(linear_rescale(wide, delta=delta, loss_min=loss_min, loss_max=loss_max), shape, delta=delta)
 
 
 def shaped_weights(
@@ -477,10 +391,11 @@ def shaped_weights(
     Raises:
         ValueError: If an argument is out of its range.
     """
-    valid = _checked_valid(losses, valid)
-    wide = losses.detach().to(accurate_dtype(losses.device)).masked_fill(~valid, 0.0)
-    rescaled = linear_rescale(wide, delta=delta, loss_min=loss_min, loss_max=loss_max)
-    scores = _checked_scores(shape_score(rescaled, shape, delta=delta), temperature, valid, prior)
+    valid = checked_valid(losses, valid)
+    shaped = shaped_losses(
+        losses.detach().masked_fill(~valid, 0.0), shape=shape, delta=delta, loss_min=loss_min, loss_max=loss_max
+    )
+    scores = _checked_scores(shaped, temperature, valid, prior)
     return _weights(scores, torch.logsumexp(scores, 0), losses)
 
 
@@ -537,8 +452,8 @@ def _scores(losses: Tensor, temperature: float, valid: Tensor | None, prior: Ten
 
 
 def _checked_scores(losses: Tensor, temperature: float, valid: Tensor | None, prior: Tensor | None) -> Tensor:
-    _check_temperature(temperature)
-    valid = _checked_valid(losses, valid)
+    check_temperature(temperature)
+    valid = checked_valid(losses, valid)
     if prior is not None:
         if prior.shape != losses.shape:
             raise ValueError(f"prior must be {list(losses.shape)}, got {list(prior.shape)}")
@@ -550,7 +465,7 @@ def _checked_scores(losses: Tensor, temperature: float, valid: Tensor | None, pr
 def _weights(scores: Tensor, normalizer: Tensor, losses: Tensor) -> Tensor:
     # without a valid sample Z is minus infinity, and every score too
     finite = torch.where(normalizer > -math.inf, normalizer, torch.zeros_like(normalizer))
-    return _narrow(torch.exp(scores - finite), losses)
+    return narrow(torch.exp(scores - finite), losses)
 
 
 def _by_falling_loss(losses: Tensor, valid: Tensor) -> Tensor:
@@ -565,45 +480,3 @@ def _gathered(values: Tensor, group: Any) -> Tensor:
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, values.contiguous(), group=group)
     return torch.stack(parts)
-
-
-def accurate_dtype(device: torch.device) -> torch.dtype:
-    """What weights are computed in: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _narrow(values: Tensor, losses: Tensor) -> Tensor:
-    return values.to(torch.float64 if losses.dtype == torch.float64 else torch.float32)
-
-
-def _checked_valid(losses: Tensor, valid: Tensor | None) -> Tensor:
-    if losses.ndim != 1:
-        raise ValueError(f"losses must be of one dimension, one number for each sample, got {list(losses.shape)}")
-    if valid is None:
-        valid = torch.ones_like(losses, dtype=torch.bool)
-    elif valid.shape != losses.shape or valid.dtype != torch.bool:
-        raise ValueError(f"valid must be bool {list(losses.shape)}, got {valid.dtype} {list(valid.shape)}")
-    if not bool((losses.detach().isfinite() | ~valid).all()):
-        raise ValueError("losses must be finite for every valid sample: leave the others out with valid")
-    return valid
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-
-
-def _whole(name: str, value: float, least: int) -> int:
-    if value < least or value != int(value):
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value}")
-    return int(value)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be above 0 and finite, got {value}")
-
-
-def _check_known(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

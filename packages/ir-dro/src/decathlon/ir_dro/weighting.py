@@ -8,19 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from decathlon.ir_dro.checks import accurate_dtype
 from decathlon.ir_dro.config import DROSettings
+from decathlon.ir_dro.losses import SampleLosses
 from decathlon.ir_dro.objectives import (
     OnlineNormalizer,
-    SampleLosses,
-    accurate_dtype,
     effective_sample_size,
     ir_dro_weights,
-    linear_rescale,
+    last_portion,
     rank_capacity,
     rank_weights,
     relative_entropy,
     robust_loss,
-    shape_score,
+    shaped_losses,
     shaped_weights,
     trim_highest,
 )
@@ -64,9 +64,13 @@ def softmax_scores(losses: Tensor, settings: DROSettings) -> Tensor:
     if settings.dro_strategy != "shaped":
         return losses
     assert settings.dro_loss_min is not None and settings.dro_loss_max is not None
-    bounds = {"loss_min": settings.dro_loss_min, "loss_max": settings.dro_loss_max}
-    delta = settings.dro_delta
-    return shape_score(linear_rescale(losses, delta=delta, **bounds), settings.dro_shape, delta=delta)
+    return shaped_losses(
+        losses,
+        shape=settings.dro_shape,
+        delta=settings.dro_delta,
+        loss_min=settings.dro_loss_min,
+        loss_max=settings.dro_loss_max,
+    )
 
 
 def trimmed(samples: Samples, settings: DROSettings, *, plain: bool) -> Samples:
@@ -87,7 +91,7 @@ def whole_weights(samples: Samples, settings: DROSettings, *, plain: bool) -> Te
         return ir_dro_weights(losses, math.inf, valid=valid, prior=prior)
     if settings.dro_strategy == "rank":
         number = int(valid.sum())
-        last = max(number - 1, 0) // rank_capacity(number, settings.dro_fraction)
+        last = last_portion(number, rank_capacity(number, settings.dro_fraction))
         return rank_weights(losses, settings.dro_fraction, min(settings.dro_portion, last), valid=valid)
     if settings.dro_strategy == "ir-dro":
         return ir_dro_weights(losses, settings.dro_temperature, valid=valid, prior=prior)

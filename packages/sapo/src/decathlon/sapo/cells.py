@@ -45,7 +45,7 @@ def run_and_store(recipe: Recipe, cell: Cell, folder: Path) -> Cell:
     return cell
 
 
-def make_pairs(recipe: Recipe, seed: int) -> Dataset:
+def given_pairs(recipe: Recipe, seed: int) -> Dataset:
     """Right responses to training prompts, and beside each the given rejected one, a copy with errors."""
     rng = np.random.default_rng((seed, _EXAMPLES))
     prompts = letters.draw_prompts(recipe.examples, letters.TRAIN, rng)
@@ -115,7 +115,7 @@ def _train_arm(recipe: Recipe, cell: Cell, folder: Path) -> dict[str, Any]:
         folder=folder / "trainers",
     )
     start = time.process_time()
-    history = train_arm(model, tokenizer, make_pairs(recipe, cell.seed), cell.arm, how, after_step)
+    history = train_arm(model, tokenizer, given_pairs(recipe, cell.seed), cell.arm, how, after_step)
     seconds = time.process_time() - start - spent
     metrics = {"first_loss": history.first_loss, "last_loss": history.last_loss, "train_seconds": seconds}
     figures = dict(history.figures)

@@ -15,6 +15,19 @@ NAME_CLASH = (
 )
 """What is said to whoever means the other method of that name."""
 
+PAPER = {
+    "title": "Self-Augmented Preference Optimization: Off-Policy Paradigms for Language Model Alignment",
+    "id": "2405.20830",
+    "citation": """\
+@article{yin2024selfaugmented,
+    title   = {{Self-Augmented Preference Optimization: Off-Policy Paradigms for Language Model Alignment}},
+    author  = {Yueqin Yin and Zhendong Wang and Yujia Xie and Weizhu Chen and Mingyuan Zhou},
+    year    = 2024,
+    eprint  = {arXiv:2405.20830},
+}""",
+}
+"""For the model card."""
+
 ORPO = "orpo"
 LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",

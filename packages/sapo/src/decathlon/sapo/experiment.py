@@ -36,7 +36,7 @@ from decathlon.sapo.protocol import (
 )
 from decathlon.sapo.workers import Run, workers
 from decathlon.shared.errors import UserError
-from decathlon.shared.files import atomic_path
+from decathlon.shared.files import atomic_path, locked
 from decathlon.shared.progress import progress
 from decathlon.shared.records import Claim, Record, claims_table, device, record_from_seeds, results_table, versions
 from decathlon.shared.rundir import RunDirectory
@@ -104,14 +104,18 @@ def run(recipe: Recipe, output: str | Path, *, resume: bool = False, jobs: int =
         jobs: Processes.
 
     Raises:
-        UserError: If the directory holds another run, or `jobs` is below 1.
+        UserError: If the directory holds another run or one goes on in it, or `jobs` is below 1.
     """
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
     # of the caller's options only what decides the figures
     settings = {name: value for name, value in asdict(recipe).items() if name in Recipe.__dataclass_fields__}
-    directory = RunDirectory(Path(output), settings, resume=resume)
-    recipe = recipe.reduced() if recipe.smoke else recipe
+    with locked(output):
+        directory = RunDirectory(Path(output), settings, resume=resume)
+        return _run(recipe.reduced() if recipe.smoke else recipe, directory, jobs)
+
+
+def _run(recipe: Recipe, directory: RunDirectory, jobs: int) -> Outcome:
     if kept := len([*directory.path.glob("cells/[!.]*.json")]):
         print(f"{kept} cells are there from an earlier run", flush=True)
     results, chosen = _run_all(recipe, directory, jobs)

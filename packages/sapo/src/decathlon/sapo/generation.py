@@ -71,9 +71,9 @@ class Writer:
             seed: Of the draws; torch's own generators are left as they were.
         """
         size = self._args.generation_batch_size or len(prefixes)
-        # of those that are written at a time, prefixes of like lengths stand together: less padding
-        order = sorted(range(len(prefixes)), key=lambda row: len(prefixes[row])) if size < len(prefixes) else None
-        rows = list(range(len(prefixes))) if order is None else order
+        rows = list(range(len(prefixes)))
+        if size < len(rows):  # of those that are written at a time, prefixes of like lengths: less padding
+            rows.sort(key=lambda row: len(prefixes[row]))
         written: list[list[int]] = [[]] * len(prefixes)
         with _seeded(self._accelerator.device, seed), self._ready() as model:
             for start in range(0, len(rows), size):

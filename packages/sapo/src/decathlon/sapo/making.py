@@ -64,11 +64,11 @@ def make_pairs(
     return pairs
 
 
-def word(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
     """A seed that depends on all of the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator(*numbers: int) -> Random:
     """A generator of its own for each purpose, step and process: nothing depends on global ones, or on prefetching."""
-    return Random(word(*numbers))
+    return Random(seed_of(*numbers))

@@ -303,6 +303,19 @@ def chosen_nll(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Ten
     return mean_nll(sequence_logps(logits, labels), attention_mask[:, 1:])
 
 
+def mean_logps(token_logps: Tensor, mask: Tensor) -> Tensor:
+    """M(y | x) of log-probabilities that are there token by token.
+
+    Args:
+        token_logps: [B, T].
+        mask: Which of them count, 1 or 0, [B, T].
+
+    Returns:
+        [B]; 0 where none counts.
+    """
+    return (token_logps * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
 def mean_nll(logps: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy of all tokens of a batch, from sums of log-probabilities.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -54,6 +55,23 @@ class Pair:
         """Tokens that both responses begin with, but for the last one of either."""
         shortest = min(len(self.chosen_ids), len(self.rejected_ids))
         return min(shared_prefix_length(self.chosen_ids, self.rejected_ids), shortest - 1)
+
+
+def figures_of(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Shares of pairs that are identical or end early, and where segments begin, as a part of the response."""
+    return {
+        "identical": fmean(pair.identical for pair in pairs),
+        "early_stop": fmean(pair.early for pair in pairs),
+        "segment_start": fmean(pair.segment.start / len(pair.chosen_ids) for pair in pairs),
+    }
+
+
+def figures_of_draws(pairs: Sequence[Pair], step: int) -> dict[str, float]:
+    """Age of drawn pairs in training steps, and the share of them that had been drawn before."""
+    return {
+        "pair_age": fmean(step - pair.step for pair in pairs),
+        "repeat_draws": fmean(pair.draws > 1 for pair in pairs),
+    }
 
 
 def pack(pairs: Sequence[Pair]) -> dict[str, Tensor]:

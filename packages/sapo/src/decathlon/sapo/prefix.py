@@ -98,12 +98,12 @@ class SharingModel:
             return self._model(input_ids=input_ids, **kwargs)
         kwargs.pop("attention_mask")
         packed = self._packed
-        unlike = torch.zeros((), dtype=_dtype_of(self._model), device=input_ids.device)
-        seen = visible(packed["packed_parts"])
+        nothing = torch.zeros((), dtype=_dtype_of(self._model), device=input_ids.device)
+        hidden = ~visible(packed["packed_parts"])
         output = self._model(
             input_ids=packed["packed_ids"],
             position_ids=packed["packed_positions"],
-            attention_mask=unlike.masked_fill(~seen, torch.finfo(unlike.dtype).min),
+            attention_mask=nothing.masked_fill(hidden, torch.finfo(nothing.dtype).min),
             labels=packed["packed_labels"],
             **kwargs,
         )
@@ -120,6 +120,6 @@ class SharingModel:
 
 
 def _dtype_of(model: Any) -> torch.dtype:
-    if torch.is_autocast_enabled("cuda") and torch.cuda.is_available():
+    if torch.is_autocast_enabled("cuda"):
         return torch.get_autocast_dtype("cuda")
     return next(model.parameters()).dtype

@@ -26,18 +26,13 @@ from trl.trainer.utils import identity, use_adapter
 from decathlon.sapo import averaging, state
 from decathlon.sapo.buffer import ReplayBuffer
 from decathlon.sapo.checks import average_of, check_models, check_parts, config_of
-from decathlon.sapo.config import SAPOConfig
+from decathlon.sapo.config import PAPER, SAPOConfig
 from decathlon.sapo.data import CHOSEN, PROMPT, prepare_dataset, tokenize
 from decathlon.sapo.generation import VLLMWriter, Writer, end_tokens
-from decathlon.sapo.making import generator, make_pairs, word
-from decathlon.sapo.objectives import (
-    IGNORED,
-    PairLoss,
-    ema_update_,
-    mean_nll,
-    odds_ratio_penalty,
-)
-from decathlon.sapo.pairs import Pair
+from decathlon.sapo.making import generator, make_pairs, seed_of
+from decathlon.sapo.objectives import PairLoss, ema_update_
+from decathlon.sapo.orpo import Recorder, all_labels, orpo_terms
+from decathlon.sapo.pairs import Pair, figures_of, figures_of_draws
 from decathlon.sapo.prefix import SharingModel, share_prefixes
 from decathlon.shared.files import atomic_path
 
@@ -45,45 +40,6 @@ EMA, REFERENCE = "ema", "ref"
 """Names of adapters, and of files in a checkpoint."""
 
 _SEGMENTS, _TOKENS, _EVALUATION = range(3)  # what draws are for
-
-
-PAPER = {
-    "title": "Self-Augmented Preference Optimization: Off-Policy Paradigms for Language Model Alignment",
-    "id": "2405.20830",
-    "citation": """\
-@article{yin2024selfaugmented,
-    title   = {{Self-Augmented Preference Optimization: Off-Policy Paradigms for Language Model Alignment}},
-    author  = {Yueqin Yin and Zhendong Wang and Yujia Xie and Weizhu Chen and Mingyuan Zhou},
-    year    = 2024,
-    eprint  = {arXiv:2405.20830},
-}""",
-}
-
-
-class Recorder:
-    """A model that keeps the log-probabilities of more tokens than it is asked for.
-
-    Args:
-        model: What is called.
-        labels: In place of the labels that it is called with.
-
-    Attributes:
-        log_probs: Of the call with labels; None before.
-    """
-
-    def __init__(self, model: Any, labels: Tensor) -> None:
-        self._model, self._labels = model, labels
-        self.log_probs: Any = None
-
-    def __call__(self, *, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's output, with the log-probabilities of the tokens with labels alone."""
-        if labels is None:
-            return self._model(**kwargs)
-        output = self._model(**kwargs, labels=self._labels)
-        self.log_probs = output.log_probs
-        mask = labels[:, 1:] != IGNORED
-        output.log_probs = output.log_probs[:, -mask.shape[1] :].masked_fill(~mask, 0.0)
-        return output
 
 
 class SAPOTrainer(DPOTrainer):
@@ -290,7 +246,7 @@ class SAPOTrainer(DPOTrainer):
         rows = [row if {PROMPT, CHOSEN} <= set(row) else tokenize(row, self.processing_class) for row in examples]
         if (length := self.args.max_length) is not None:
             rows = [{**row, CHOSEN: row[CHOSEN][: max(length - len(row[PROMPT]), 0)]} for row in rows]
-        pairs = self._write(rows, [generator(seed, _SEGMENTS)] * len(rows), word(seed, _TOKENS))
+        pairs = self._write(rows, [generator(seed, _SEGMENTS)] * len(rows), seed_of(seed, _TOKENS))
         return [
             {
                 "prompt_ids": pair.prompt_ids,
@@ -309,7 +265,7 @@ class SAPOTrainer(DPOTrainer):
             rng = generator(self.args.seed, _SEGMENTS, step, place, rank)
             rows += [row for row in batch for _ in range(times)]
             draws += [rng] * (len(batch) * times)
-        pairs = self._write(rows, draws, word(self.args.seed, _TOKENS, step, 0, rank))
+        pairs = self._write(rows, draws, seed_of(self.args.seed, _TOKENS, step, 0, rank))
         left = iter(pairs)
         return [[next(left) for _ in range(len(batch) * times)] for batch in batches]
 
@@ -376,7 +332,7 @@ class SAPOTrainer(DPOTrainer):
             pairs = self._draw(inputs)
         else:
             numbers = [zlib.crc32(np.array([*row[PROMPT], -1, *row[CHOSEN]]).tobytes()) for row in inputs]
-            seed = word(self.args.seed, _EVALUATION, *numbers)
+            seed = seed_of(self.args.seed, _EVALUATION, *numbers)
             pairs = self._write(inputs, [generator(self.args.seed, _EVALUATION, n) for n in numbers], seed)
         self._count(pairs, "train" if self.model.training else "eval")
         batch = super()._prepare_inputs(self._collate(pairs))
@@ -443,23 +399,16 @@ class SAPOTrainer(DPOTrainer):
 
     def _compute_orpo(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """The loss of ORPO; metrics, and what a mixture of experts adds, are trl's."""
-        mask, attended = inputs["completion_mask"], inputs["attention_mask"]
-        labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
-        pairs = len(labels) // 2
-        whole = labels.clone()  # of the chosen rows the prompt counts too
-        whole[:pairs] = inputs["input_ids"][:pairs].masked_fill(attended[:pairs] == 0, IGNORED)
-        recorder, zeros = Recorder(model, whole), inputs["input_ids"].new_zeros(pairs, dtype=torch.float32)
-        inputs = {**inputs, "ref_chosen_logps": zeros, "ref_rejected_logps": zeros}
+        recorder = Recorder(model, all_labels(inputs))
+        zeros = inputs["input_ids"].new_zeros(len(inputs["input_ids"]) // 2, dtype=torch.float32)
         with self._references_in_batch(True):
-            result = super()._compute_loss(recorder, inputs, return_outputs)
+            result = super()._compute_loss(
+                recorder, {**inputs, "ref_chosen_logps": zeros, "ref_rejected_logps": zeros}, return_outputs
+            )
         added, outputs = result if return_outputs else (result, None)
-        logps = recorder.log_probs[:, -(mask.shape[1] - 1) :]
-        counted = mask[:, 1:]
-        means = (logps * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
-        penalty = odds_ratio_penalty(means[:pairs], means[pairs:], self.beta)
-        nll = mean_nll(logps[:pairs].sum(dim=1), attended[:pairs, 1:])
-        loss = added + nll + penalty.losses.mean()
+        penalty, nll = orpo_terms(recorder.log_probs, inputs, self.beta)
         self._log_orpo(penalty, nll)
+        loss = added + nll + penalty.losses.mean()
         return (loss, outputs) if return_outputs else loss
 
     def _log_orpo(self, penalty: PairLoss, nll: Tensor) -> None:
@@ -493,17 +442,11 @@ class SAPOTrainer(DPOTrainer):
     # ---------------------------------------------------------------------------------------------------------- the log
 
     def _count(self, pairs: Sequence[Pair], mode: str) -> None:
-        figures: dict[str, Any] = {
-            "identical": np.mean([pair.identical for pair in pairs]),
-            "early_stop": np.mean([pair.early for pair in pairs]),
-            "segment_start": np.mean([pair.segment.start / len(pair.chosen_ids) for pair in pairs]),
-        }
+        figures = figures_of(pairs)
         if mode == "train":
-            step = self.state.global_step
-            figures["pair_age"] = np.mean([step - pair.step for pair in pairs])
-            figures["repeat_draws"] = np.mean([pair.draws > 1 for pair in pairs])
+            figures |= figures_of_draws(pairs, self.state.global_step)
             figures["buffer_size"] = 0.0 if self.replay_buffer is None else len(self.replay_buffer)
-        self._figures[mode].append({name: float(value) for name, value in figures.items()})
+        self._figures[mode].append(figures)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As trl's, with figures of the pairs, means over all devices."""

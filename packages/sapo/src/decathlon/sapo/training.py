@@ -70,14 +70,14 @@ def train(parsed: ParsedTrain) -> Any:
         with user_errors():
             trainer = _trainer(parsed, folder)
         if first and not occupied:  # not before everything is found: what could not begin is not in the way
-            RunDirectory(folder, parsed.given)
+            directory = RunDirectory(folder, parsed.given)
         with Interruption(deferred=True) as interruption:
             trainer.add_callback(_Stopping(interruption))
             try:
                 trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
             except Exception:
                 if first and not occupied and newest_checkpoint(folder) is None:
-                    _forget(folder)
+                    directory.abandon()
                 raise
             # gloo's threads must be done with Python's objects before a process ends, or it hangs: so all meet first
             trainer.accelerator.wait_for_everyone()
@@ -101,13 +101,6 @@ def _check_numbers(training: Any) -> None:
         raise UserError(f"learning_rate must be at least 0 and finite, got {training.learning_rate}")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise UserError(f"nothing is to be trained: num_train_epochs is {training.num_train_epochs}")
-
-
-def _forget(folder: Path) -> None:
-    """Leave a folder free in which nothing has been finished: the corrected command is not to be refused there."""
-    for name in ("config.yaml", "environment.json", "metrics.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    (folder / "figures").rmdir()  # empty
 
 
 def _test_name(given: Any) -> str:
